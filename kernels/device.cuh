@@ -34,7 +34,7 @@ enum { WARP = 32 };  // threads that run in step
 #include "stand_in_device.h"
 #else
 
-#define DEVICE inline __device__ __forceinline__
+#define DEVICE __device__ __forceinline__
 
 // A kernel takes one structure by value, whose fields are all eight bytes wide: the host's layout is the same by
 // construction. THREADS is the block size the kernel was compiled for.
