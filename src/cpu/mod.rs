@@ -1,0 +1,119 @@
+//! The CPU backend: parallel over channels and chunks, vectorised by the compiler.
+
+use crate::backend::{AsTensor, AsTensorMut, Backend, BackwardPass, ForwardPass};
+use crate::element::{Element, Plain};
+use crate::epilogue::Epilogue;
+use crate::error::Result;
+use crate::sealed::Sealed;
+use crate::shape::Shape;
+
+/// The CPU as a device: buffers are vectors, slices or arrays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cpu;
+
+impl Cpu {
+    /// The CPU, with the threads of the [`rayon`] pool that calls are made from.
+    pub fn new() -> Self {
+        Cpu
+    }
+}
+
+impl Sealed for Cpu {}
+impl<T: Plain> Sealed for [T] {}
+impl<T: Plain> Sealed for Vec<T> {}
+impl<T: Plain, const N: usize> Sealed for [T; N] {}
+
+impl<T: Plain> AsTensor<Cpu, T> for [T] {
+    fn view(&self) -> &[T] {
+        self
+    }
+}
+impl<T: Plain> AsTensor<Cpu, T> for Vec<T> {
+    fn view(&self) -> &[T] {
+        self
+    }
+}
+impl<T: Plain, const N: usize> AsTensor<Cpu, T> for [T; N] {
+    fn view(&self) -> &[T] {
+        self
+    }
+}
+impl<T: Plain> AsTensorMut<Cpu, T> for [T] {
+    fn view_mut(&mut self) -> &mut [T] {
+        self
+    }
+}
+impl<T: Plain> AsTensorMut<Cpu, T> for Vec<T> {
+    fn view_mut(&mut self) -> &mut [T] {
+        self
+    }
+}
+impl<T: Plain, const N: usize> AsTensorMut<Cpu, T> for [T; N] {
+    fn view_mut(&mut self) -> &mut [T] {
+        self
+    }
+}
+
+impl Backend for Cpu {
+    type Buffer<T: Plain> = Vec<T>;
+    type View<'a, T: Plain> = &'a [T];
+    type ViewMut<'a, T: Plain> = &'a mut [T];
+    type Workspace<T: Element> = ();
+
+    fn zeros<T: Plain>(&self, len: usize) -> Result<Vec<T>> {
+        Ok(vec![T::default(); len])
+    }
+
+    fn upload<T: Plain>(&self, values: &[T]) -> Result<Vec<T>> {
+        Ok(values.to_vec())
+    }
+
+    fn to_vec<T: Plain>(&self, from: &[T]) -> Result<Vec<T>> {
+        Ok(from.to_vec())
+    }
+
+    fn copy<T: Plain>(&self, from: &[T], to: &mut [T]) -> Result<()> {
+        to.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn view_len<T: Plain>(view: &&[T]) -> usize {
+        view.len()
+    }
+
+    fn view_mut_len<T: Plain>(view: &&mut [T]) -> usize {
+        view.len()
+    }
+
+    fn read_only<'a, T: Plain>(view: Self::ViewMut<'a, T>) -> Self::View<'a, T> {
+        view
+    }
+
+    fn check_view<T: Plain>(&self, _argument: &'static str, _view: &&[T]) -> Result<()> {
+        Ok(())
+    }
+
+    fn check_view_mut<T: Plain>(&self, _argument: &'static str, _view: &&mut [T]) -> Result<()> {
+        Ok(())
+    }
+
+    fn same_device(&self, _other: &Self) -> bool {
+        true
+    }
+
+    fn prepare<T: Element>(&self, _shape: Shape, _epilogue: Epilogue) -> Result<()> {
+        Ok(())
+    }
+
+    fn prepare_evaluation<T: Element>(&self, _shape: Shape, _epilogue: Epilogue) -> Result<()> {
+        Ok(())
+    }
+
+    fn forward<T: Element>(&self, _pass: ForwardPass<'_, '_, Self, T>) -> Result<()> {
+        todo!()
+    }
+
+    fn backward<T: Element>(&self, _pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
+        todo!()
+    }
+}

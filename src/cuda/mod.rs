@@ -1,0 +1,4 @@
+//! The CUDA backend.
+pub(crate) mod probe;
+/// placeholder
+pub struct Cuda;

@@ -1,0 +1,1 @@
+//! The Welford merge on the host.
