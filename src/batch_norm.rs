@@ -579,10 +579,6 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         shape.len().map(|_| ())
     }
 
-    pub(crate) fn parts(&self) -> (Option<&Parameters<B, P>>, Option<&RunningStatistics<B, P>>) {
-        (self.parameters.as_ref(), self.running.as_ref())
-    }
-
     pub(crate) fn parts_mut(&mut self) -> (Option<&mut Parameters<B, P>>, Option<&mut RunningStatistics<B, P>>) {
         (self.parameters.as_mut(), self.running.as_mut())
     }
