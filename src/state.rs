@@ -127,7 +127,10 @@ impl<P: Real> StateDict<P> {
     /// Refuses a dict that has not exactly the entries of a module of this configuration.
     fn check(&self, config: &BatchNorm2dConfig, prefix: &str) -> std::result::Result<(), StateError> {
         let [weight, bias, mean, variance] = self.vectors().map(|(name, values)| (name, values.map(<[P]>::len)));
-        let count = (NUM_BATCHES_TRACKED, self.num_batches_tracked.map(|_| config.num_features));
+        let count = (
+            NUM_BATCHES_TRACKED,
+            self.num_batches_tracked.map(|_| config.num_features),
+        );
         let entries = [
             (config.affine, weight),
             (config.affine, bias),
