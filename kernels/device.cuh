@@ -39,7 +39,7 @@ enum { WARP = 32 };  // threads that run in step
 // A kernel takes one structure by value, whose fields are all eight bytes wide: the host's layout is the same by
 // construction. THREADS is the block size the kernel was compiled for.
 #define KERNEL(name, Arguments, THREADS) \
-  extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Arguments arguments)
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const __grid_constant__ Arguments arguments)
 
 // Dynamic shared memory, 16-byte aligned; its size comes with the launch.
 DEVICE u8* shared_memory() {

@@ -1,0 +1,85 @@
+// The gradient at x, and at the residual: the second half of a backward pass by batch statistics,
+//
+//   dx = weight * invstd * (g - (Σ g + x̂ * Σ g x̂) / n),  x̂ = (x - mean) * invstd,  dz = g,
+//
+// and the whole of one by running statistics without parameter gradients, dx = weight * invstd * g. There g is the
+// gradient at y as far as the epilogue lets it pass.
+//
+// By batch statistics it reads x and dy once (and y for the residual form) and writes dx once (and dz): 3T bytes, 5T with a
+// residual. By running statistics x is read only for the mask of a relu: 2T, 3T with relu, 4T with a residual. Per task the
+// strip's per-channel numbers.
+//
+// Called by the launcher of backward passes. One block of THREADS threads per task; shared memory: Staged::ROWS + 2 numbers
+// per channel of a strip. dx may lie over dy. Tasks are taken from the last to the first, as in apply.cu.
+#include "epilogue.cuh"
+#include "normalise.cuh"
+
+struct Arguments {
+  const Element* x;
+  const Element* y;
+  const Element* dy;
+  Element* dx;  // absent: not wanted
+  Element* dz;  // absent: not wanted
+  Normalisation normalisation;
+  const Real* sum;          // Σ g per channel
+  const Real* sum_centred;  // Σ g * (x - mean) per channel
+  u64 values;               // n
+  Tiling tiling;
+};
+
+enum { MEAN_GRADIENT = Staged::ROWS, SLOPE };
+
+enum { READS_X = BATCH_STATISTICS || EPILOGUE == 1 };
+
+KERNEL(backward_apply, Arguments, THREADS) {
+  const Tiling& tiling = arguments.tiling;
+  const Staged staged = {(Real*)shared_memory(), (u32)tiling.strip_channels};
+  const Index tasks = number_of_tasks(tiling);
+  for (Index number = blockIdx.x; number < tasks; number += gridDim.x) {
+    const Task task(tiling, tasks - 1 - number);
+    for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
+      staged.put(arguments.normalisation, task, channel);
+      if (BATCH_STATISTICS) {
+        // x̂ * Σ g x̂ / n = (x - mean) * slope: one invstd of x̂ each, never their product, which may overflow.
+        const Real values = (Real)arguments.values, invstd = staged.at(Staged::INVSTD, channel);
+        const Index c = task.channel + channel;
+        staged.at(MEAN_GRADIENT, channel) = divide_rn(load_one(arguments.sum + c), values);
+        staged.at(SLOPE, channel) = divide_rn(load_one(arguments.sum_centred + c) * invstd, values) * invstd;
+      }
+    }
+    block_barrier();
+
+    Walk walk(tiling, task, arguments.x);
+    const Normaliser normaliser(staged, tiling, task, walk);
+    const PerLane mean_gradient(staged, BATCH_STATISTICS ? MEAN_GRADIENT : Staged::SHIFT, tiling, task, walk);
+    const PerLane slope(staged, BATCH_STATISTICS ? SLOPE : Staged::SHIFT, tiling, task, walk);
+    while (!walk.done()) {
+      Span spans[UNROLL];
+      Pack x[UNROLL], y[UNROLL], dy[UNROLL];
+#pragma unroll
+      for (int u = 0; u < UNROLL; u++) {
+        spans[u] = walk.next();
+        if (READS_X) x[u] = load_span<LastUse>(arguments.x, spans[u]);
+        dy[u] = load_span<LastUse>(arguments.dy, spans[u]);
+        if (HAS_RESIDUAL) y[u] = load_span<LastUse>(arguments.y, spans[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < UNROLL; u++) {
+        Pack dx, dz;
+#pragma unroll
+        for (int e = 0; e < VECTOR; e++) {
+          const Element value = READS_X ? x[u].lane[e] : Element();
+          const Element seen =
+              HAS_RESIDUAL ? y[u].lane[e] : forward_epilogue(normaliser.normalised(value, e), Element());
+          const Real g = backward_epilogue(to_real(dy[u].lane[e]), seen);
+          const Real shared = BATCH_STATISTICS ? fma_rn(normaliser.centred(value, e), slope[e], mean_gradient[e]) : Real(0);
+          from_real((g - shared) * normaliser.scale[e], dx.lane[e]);
+          from_real(g, dz.lane[e]);
+        }
+        if (arguments.dx) store_span(arguments.dx, spans[u], dx);
+        if (HAS_RESIDUAL && arguments.dz) store_span(arguments.dz, spans[u], dz);
+      }
+    }
+    block_barrier();
+  }
+}
