@@ -1,0 +1,187 @@
+//! PyTorch's results: every golden file, on every device, against the float64 truth.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use batchnorm_cuda::half::{bf16, f16};
+use batchnorm_cuda::{BatchNorm2d, BatchNorm2dConfig, Dtype, Element, Epilogue, Real, Shape};
+use common::golden::{Description, File, Part, files};
+use common::{Case, Device, Outcome, errors, limit, on_every_device, reference, run};
+
+on_every_device!(
+    every_file,
+    successive_steps_of_one_module,
+    large_mean_is_off_by_less_than_a_millionth,
+    constant_channel_gives_the_bias,
+);
+
+/// Greatest scaled error found, per stored type.
+type Worst = BTreeMap<&'static str, f64>;
+
+fn every_file<B: Device>(device: &B) {
+    let files = files();
+    let mut worst = Worst::new();
+    let mut problems = Vec::new();
+    for path in &files {
+        let found = File::read(path).and_then(|file| check_file(device, &file, &mut worst));
+        match found {
+            Ok(found) => problems.extend(
+                found
+                    .into_iter()
+                    .map(|problem| format!("{}: {problem}", path.display())),
+            ),
+            Err(unreadable) => problems.push(format!("{}: {unreadable}", path.display())),
+        }
+    }
+    let errors: Vec<String> = worst
+        .iter()
+        .map(|(dtype, error)| format!("{dtype} {error:.1e}"))
+        .collect();
+    println!(
+        "golden, {}: {} files, worst scaled errors {}",
+        B::NAME,
+        files.len(),
+        errors.join(", ")
+    );
+    assert!(
+        files.len() >= 120,
+        "golden data: {} files are not all of them",
+        files.len()
+    );
+    assert!(
+        problems.is_empty(),
+        "{} on {}:\n{}",
+        problems.len(),
+        B::NAME,
+        problems.join("\n")
+    );
+}
+
+fn check_file<B: Device>(device: &B, file: &File, worst: &mut Worst) -> Result<Vec<String>, String> {
+    if file.is_state_dict() {
+        return check_state_dict(device, file);
+    }
+    let about = file.describe()?;
+    match about.dtype {
+        Dtype::F16 => check_step::<B, f16>(device, file, &about, worst),
+        Dtype::Bf16 => check_step::<B, bf16>(device, file, &about, worst),
+        Dtype::F32 => check_step::<B, f32>(device, file, &about, worst),
+        Dtype::F64 => check_step::<B, f64>(device, file, &about, worst),
+    }
+}
+
+fn check_step<B: Device, T: Element>(
+    device: &B,
+    file: &File,
+    about: &Description,
+    worst: &mut Worst,
+) -> Result<Vec<String>, String> {
+    let case: Case<T> = file.case(about)?;
+    let truth = file.truth::<T>(about)?;
+    let mut got = run(device, &case).values();
+    if about.part == Part::Backward {
+        // The forward pass was run for the sake of the other; the file says nothing of what it must give.
+        got.y = None;
+    }
+    let (_, scales) = reference(&case);
+    let mut problems = Vec::new();
+    for (name, error) in errors(case.shape, &got, &truth, &scales) {
+        let dtype = if ["y", "dx", "dz"].contains(&name) {
+            T::DTYPE
+        } else {
+            T::Param::DTYPE
+        };
+        let so_far = worst.entry(dtype.name()).or_default();
+        *so_far = so_far.max(error);
+        // Written so that a NaN fails.
+        if !(error <= limit(dtype)) {
+            problems.push(format!(
+                "{name}: scaled error {error:.2e}, limit for {dtype} {:.1e}",
+                limit(dtype)
+            ));
+        }
+    }
+    if got.num_batches_tracked != truth.num_batches_tracked {
+        problems.push(format!(
+            "num_batches_tracked: {:?}, not {:?}",
+            got.num_batches_tracked, truth.num_batches_tracked
+        ));
+    }
+    Ok(problems)
+}
+
+/// A state dict that PyTorch wrote goes into a module and comes out bit for bit.
+fn check_state_dict<B: Device>(device: &B, file: &File) -> Result<Vec<String>, String> {
+    let wrong = |error: batchnorm_cuda::Error| error.to_string();
+    let channels = file.tensors.get("running_mean").and_then(|tensor| tensor.shape.first());
+    let config =
+        BatchNorm2dConfig::new(*channels.ok_or("no running_mean")?).affine(file.tensors.contains_key("weight"));
+    let mut module = BatchNorm2d::<B, f32>::new(device, config).map_err(wrong)?;
+    module.load_safetensors_file(&file.path, "").map_err(wrong)?;
+
+    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let saved = folder.path().join("saved.safetensors");
+    module.save_safetensors_file(&saved, "").map_err(wrong)?;
+    let saved = File::read(&saved)?;
+    Ok(match saved.tensors == file.tensors {
+        true => vec![],
+        false => vec![format!("saved as {:?}", saved.tensors)],
+    })
+}
+
+/// The files of a chain each start from PyTorch's statistics; here one module goes all the way by itself.
+fn successive_steps_of_one_module<B: Device>(device: &B) {
+    let steps = ["momentum_none_step1", "momentum_none_step2", "momentum_none_step3"].map(File::named);
+    let mut state = None;
+    for (number, file) in steps.iter().enumerate() {
+        let about = file.describe().unwrap();
+        let mut case: Case<f32> = file.case(&about).unwrap();
+        case.state = state.unwrap_or(case.state);
+        let outcome = run(device, &case);
+        let (got, truth) = (outcome.values(), file.truth::<f32>(&about).unwrap());
+        let (_, scales) = reference(&case);
+        assert_eq!(got.num_batches_tracked, Some(number as i64 + 1));
+        for (name, error) in errors(case.shape, &got, &truth, &scales) {
+            // The truth starts from PyTorch's rounded statistics, we from ours: one more rounding for each step before.
+            let allowed = limit(Dtype::F32) * (1 + number) as f64;
+            assert!(error <= allowed, "{}, {name}: {error:.2e}", file.name());
+        }
+        state = Some(outcome.state);
+    }
+}
+
+/// PyTorch is off by 9e-3 here.
+fn large_mean_is_off_by_less_than_a_millionth<B: Device>(device: &B) {
+    let file = File::named("large_mean_train_f32_nchw");
+    let about = file.describe().unwrap();
+    let case: Case<f32> = file.case(&about).unwrap();
+    let truth = file.truth::<f32>(&about).unwrap().y.unwrap();
+    let got = run(device, &case).values().y.unwrap();
+    let greatest = truth.iter().fold(0.0f64, |greatest, y| greatest.max(y.abs()));
+    for (got, want) in got.iter().zip(&truth) {
+        approx::assert_abs_diff_eq!(*got, *want, epsilon = 1e-6 * greatest);
+    }
+}
+
+/// One channel of 1e7 throughout, where a sum of squares in f32 has no digit left, and more than 10^6 values of it.
+fn constant_channel_gives_the_bias<B: Device>(device: &B) {
+    let shape = Shape::nchw(2, 2, 751, B::size(751, 61));
+    let mut case = Case::<f32>::random(&mut common::Random::new(1), shape, Epilogue::Identity).forward_only();
+    case.x.fill(1e7);
+    let outcome: Outcome<f32> = run(device, &case);
+    let bias = case.state.bias.as_ref().unwrap();
+    let plane = shape.plane().unwrap();
+    for (i, y) in outcome.y.iter().enumerate() {
+        assert_eq!(*y, bias[i / plane % 2], "y[{i}]");
+    }
+    let invstd = 1.0 / f64::sqrt(case.config.eps);
+    for c in 0..2 {
+        assert_eq!(outcome.save_mean.as_ref().unwrap()[c], 1e7);
+        approx::assert_relative_eq!(
+            outcome.save_invstd.as_ref().unwrap()[c].to_f64(),
+            invstd,
+            max_relative = 1e-6
+        );
+    }
+}
