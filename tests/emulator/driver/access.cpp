@@ -1,0 +1,236 @@
+// Every access of a kernel to memory passes through here: checked, counted, carried out.
+//
+// There are two ways in. The functions of device.cuh for global memory call stand_in_load and stand_in_store. All other
+// accesses, to shared memory above all, are reported by the compiler's own instrumentation: kernels are compiled for its
+// thread sanitizer, but linked without its runtime, and the __tsan_ functions it would call are those at the end.
+#include <cstring>
+
+#include "gang.h"
+
+namespace {
+
+enum class Direction { LOAD, STORE };
+
+const char* verb(Direction direction) { return direction == Direction::LOAD ? "load" : "store"; }
+
+bool aligned(uintptr_t address, size_t bytes) { return (address & (bytes - 1)) == 0; }
+
+// Global memory: inside one live allocation, or the launch ends.
+void check_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
+  Gang& gang = *thread.gang;
+  if (gang.last_range.contains(address, bytes)) return;
+  const MemoryMap& memory = *gang.launch().memory;
+  const AddressRange* range = memory.find(address);
+  if (!range || range->freed || !range->contains(address, bytes)) {
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, origin, "%s of %zu bytes of global memory %s", verb(direction), bytes,
+          memory.explain(address, bytes).c_str());
+  }
+  gang.last_range = *range;
+}
+
+void count_global(Gang& gang, size_t bytes, Direction direction) {
+  (direction == Direction::LOAD ? gang.bytes_loaded : gang.bytes_stored) += bytes;
+}
+
+void check_alignment(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
+  if (aligned(address, bytes)) return;
+  fault(thread, CUDA_ERROR_MISALIGNED_ADDRESS, origin, "misaligned %s of %zu bytes: %zu bytes past a multiple", verb(direction),
+        bytes, size_t(address & (bytes - 1)));
+}
+
+void access_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
+  check_alignment(thread, address, bytes, direction, origin);
+  check_global(thread, address, bytes, direction, origin);
+  count_global(*thread.gang, bytes, direction);
+}
+
+bool in_shared(const Gang& gang, uintptr_t address) {
+  return address - reinterpret_cast<uintptr_t>(gang.shared_begin) < gang.shared_stride * gang.blocks.size();
+}
+
+// Shared memory of any block of the gang: inside what the launch asked for.
+Block& check_shared(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
+  Gang& gang = *thread.gang;
+  const size_t offset = address - reinterpret_cast<uintptr_t>(gang.shared_begin);
+  Block& owner = gang.blocks[offset / gang.shared_stride];
+  const size_t begin = offset % gang.shared_stride;
+  if (begin + bytes > gang.launch().shared_bytes) {
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, origin,
+          "%s of %zu bytes of shared memory out of bounds: bytes %zu..%zu of %u", verb(direction), bytes, begin, begin + bytes,
+          gang.launch().shared_bytes);
+  }
+  return owner;
+}
+
+void check_own_shared(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
+  if (&check_shared(thread, address, bytes, direction, origin) == thread.block) return;
+  fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, origin, "%s of shared memory out of bounds: it belongs to another block",
+        verb(direction));
+}
+
+// Shared memory that a function of device.cuh was given a pointer to.
+void expect_own_shared(Thread& thread, const void* pointer, size_t bytes, Direction direction, StandInPlace place) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  if (!in_shared(*thread.gang, address)) {
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "%p is no address of shared memory", pointer);
+  }
+  check_own_shared(thread, address, bytes, direction, at(place));
+}
+
+// Shared memory behind an address that stand_in_remote made.
+void check_remote(Thread& thread, uintptr_t address, size_t bytes, Direction direction, StandInPlace place) {
+  check_alignment(thread, address, bytes, direction, at(place));
+  if (!in_shared(*thread.gang, address)) {
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "%s of distributed shared memory out of bounds", verb(direction));
+  }
+  const Block& owner = check_shared(thread, address, bytes, direction, at(place));
+  if (owner.cluster != thread.block->cluster) {
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "%s of shared memory of another cluster", verb(direction));
+  }
+  if (&owner == thread.block) return;
+  if (thread.cluster_waits == 0) {
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place),
+          "%s of another block's shared memory before any cluster barrier: that block may not have begun", verb(direction));
+  }
+  if (owner.exited == owner.threads) {
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "%s of the shared memory of block %u of the cluster, which has exited",
+          verb(direction), owner.rank);
+  }
+}
+
+// An access that the compiler reported.
+void access_anywhere(const void* pointer, size_t bytes, Direction direction, bool expect_aligned, const void* instruction) {
+  Thread* const running = current_thread;
+  if (!running) return;
+  Thread& thread = *running;
+  Gang& gang = *thread.gang;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  if (address - reinterpret_cast<uintptr_t>(thread.stack) < STACK_BYTES) return;
+  const Origin origin = {{"", 0}, instruction};
+  if (expect_aligned) check_alignment(thread, address, bytes, direction, origin);
+  if (in_shared(gang, address)) return check_own_shared(thread, address, bytes, direction, origin);
+  if (direction == Direction::LOAD && gang.launch().image->holds(address)) return;
+  check_global(thread, address, bytes, direction, origin);
+  count_global(gang, bytes, direction);
+}
+
+StandInBits read_bits(uintptr_t address, unsigned bytes) {
+  StandInBits value = {0, 0};
+  memcpy(&value, reinterpret_cast<const void*>(address), bytes);
+  return value;
+}
+
+}  // namespace
+
+extern "C" {
+
+StandInIndex stand_in_thread_index() { return current_thread->index; }
+StandInIndex stand_in_block_index() { return current_thread->block->index; }
+StandInIndex stand_in_block_size() {
+  const Extent3 size = current_thread->gang->launch().block;
+  return {size.x, size.y, size.z};
+}
+StandInIndex stand_in_grid_size() {
+  const Extent3 size = current_thread->gang->launch().grid;
+  return {size.x, size.y, size.z};
+}
+unsigned stand_in_cluster_rank() { return current_thread->block->rank; }
+unsigned stand_in_cluster_size() { return current_thread->block->cluster->blocks; }
+unsigned char* stand_in_shared_memory() { return current_thread->block->shared; }
+
+StandInBits stand_in_load(const void* from, unsigned bytes, StandInCaching, StandInPlace place) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(from);
+  access_global(*current_thread, address, bytes, Direction::LOAD, at(place));
+  return read_bits(address, bytes);
+}
+
+void stand_in_store(void* to, StandInBits value, unsigned bytes, StandInCaching, StandInPlace place) {
+  access_global(*current_thread, reinterpret_cast<uintptr_t>(to), bytes, Direction::STORE, at(place));
+  memcpy(to, &value, bytes);
+}
+
+unsigned stand_in_arrive(unsigned* counter, StandInPlace place) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(counter);
+  access_global(*current_thread, address, sizeof *counter, Direction::LOAD, at(place));
+  access_global(*current_thread, address, sizeof *counter, Direction::STORE, at(place));
+  return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
+}
+
+const void* stand_in_remote(const void* local, unsigned rank, StandInPlace place) {
+  Thread& thread = *current_thread;
+  expect_own_shared(thread, local, 0, Direction::LOAD, place);
+  const Cluster& cluster = *thread.block->cluster;
+  if (rank >= cluster.blocks) {
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "there is no block %u in a cluster of %u", rank, cluster.blocks);
+  }
+  const ptrdiff_t blocks_away = ptrdiff_t(rank) - ptrdiff_t(thread.block->rank);
+  return static_cast<const unsigned char*>(local) + blocks_away * ptrdiff_t(thread.gang->shared_stride);
+}
+
+StandInBits stand_in_load_remote(const void* from, unsigned bytes, StandInPlace place) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(from);
+  check_remote(*current_thread, address, bytes, Direction::LOAD, place);
+  return read_bits(address, bytes);
+}
+
+void stand_in_store_remote(void* to, StandInBits value, unsigned bytes, StandInPlace place) {
+  check_remote(*current_thread, reinterpret_cast<uintptr_t>(to), bytes, Direction::STORE, place);
+  memcpy(to, &value, bytes);
+}
+
+void stand_in_bulk_copy(void* shared, const void* global, unsigned bytes, unsigned long long* barrier, StandInPlace place) {
+  Thread& thread = *current_thread;
+  Gang& gang = *thread.gang;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(global);
+  const size_t UNIT = 16;
+  if (bytes % UNIT || !aligned(from, UNIT) || !aligned(reinterpret_cast<uintptr_t>(shared), UNIT)) {
+    fault(thread, CUDA_ERROR_MISALIGNED_ADDRESS, at(place), "bulk_copy of %u bytes: size and both addresses must be multiples of 16",
+          bytes);
+  }
+  const uintptr_t key = reinterpret_cast<uintptr_t>(barrier);
+  expect_own_shared(thread, shared, bytes, Direction::STORE, place);
+  if (!gang.mbarriers.count(key)) {
+    fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "bulk_copy with an mbarrier that was not initialised");
+  }
+  if (bytes == 0) return;
+  check_global(thread, from, bytes, Direction::LOAD, at(place));
+  count_global(gang, bytes, Direction::LOAD);
+  memset(shared, 0xff, bytes);  // until the copy ends there is nothing to be read
+  gang.copies.push_back({static_cast<unsigned char*>(shared), global, bytes, key});
+}
+
+#define INSTRUMENTED(BYTES)                                                                              \
+  void __tsan_read##BYTES(void* pointer) {                                                               \
+    access_anywhere(pointer, BYTES, Direction::LOAD, true, __builtin_return_address(0));                 \
+  }                                                                                                      \
+  void __tsan_write##BYTES(void* pointer) {                                                              \
+    access_anywhere(pointer, BYTES, Direction::STORE, true, __builtin_return_address(0));                \
+  }                                                                                                      \
+  void __tsan_unaligned_read##BYTES(void* pointer) {                                                     \
+    access_anywhere(pointer, BYTES, Direction::LOAD, false, __builtin_return_address(0));                \
+  }                                                                                                      \
+  void __tsan_unaligned_write##BYTES(void* pointer) {                                                    \
+    access_anywhere(pointer, BYTES, Direction::STORE, false, __builtin_return_address(0));               \
+  }                                                                                                      \
+  void __tsan_volatile_read##BYTES(void* pointer) {                                                      \
+    access_anywhere(pointer, BYTES, Direction::LOAD, true, __builtin_return_address(0));                 \
+  }                                                                                                      \
+  void __tsan_volatile_write##BYTES(void* pointer) {                                                     \
+    access_anywhere(pointer, BYTES, Direction::STORE, true, __builtin_return_address(0));                \
+  }
+INSTRUMENTED(1)
+INSTRUMENTED(2)
+INSTRUMENTED(4)
+INSTRUMENTED(8)
+INSTRUMENTED(16)
+void __tsan_read_range(void* pointer, size_t bytes) {
+  access_anywhere(pointer, bytes, Direction::LOAD, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* pointer, size_t bytes) {
+  access_anywhere(pointer, bytes, Direction::STORE, false, __builtin_return_address(0));
+}
+// The instrumentation calls these too; they tell nothing about memory.
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit(void*) {}
+}
