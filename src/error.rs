@@ -1,6 +1,6 @@
 //! Everything that can go wrong, with the argument, what was expected and what came.
 
-use crate::cuda::probe::Unavailable;
+use crate::cuda::Unavailable;
 use crate::element::Dtype;
 use crate::shape::Shape;
 

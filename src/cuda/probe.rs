@@ -1,10 +1,228 @@
-//! Is there a driver, a device, NVRTC?
+//! Is there a driver, a device, NVRTC? Answers, and never panics.
+//!
+//! `cudarc` loads its libraries at the first call and panics where it finds none, so they are looked for here first. Once
+//! found they stay loaded, and `cudarc` gets the same ones.
 
-/// Why CUDA cannot be used.
+use std::ffi::{c_int, c_uint};
+use std::sync::OnceLock;
+
+use libloading::Library;
+
+/// The oldest compute capability the kernels are compiled for, times ten.
+pub const OLDEST_ARCHITECTURE: u32 = 75;
+
+/// The driver's library, as `cudarc` looks for it.
+#[cfg(windows)]
+const DRIVER: &[&str] = &["nvcuda.dll"];
+#[cfg(not(windows))]
+const DRIVER: &[&str] = &["libcuda.so", "libcuda.so.1"];
+
+/// NVRTC's library, as `cudarc` looks for it.
+#[cfg(windows)]
+const NVRTC: &[&str] = &["nvrtc64_130_0.dll", "nvrtc64_12.dll"];
+#[cfg(not(windows))]
+const NVRTC: &[&str] = &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"];
+
+/// Why CUDA cannot be used on this machine, and how to get what is missing.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unavailable {
-    /// placeholder
-    #[error("placeholder")]
-    Placeholder,
+    /// The driver's library is not there.
+    #[error(
+        "no CUDA driver: none of {} could be loaded; install NVIDIA's driver for the GPU of this machine \
+         (https://www.nvidia.com/drivers)", .tried.join(", ")
+    )]
+    NoDriver {
+        /// The libraries looked for.
+        tried: Vec<String>,
+    },
+
+    /// The driver is there but does not start.
+    #[error("the CUDA driver does not start: {call} gave error {code}; is the kernel module of the driver loaded?")]
+    DriverFailed {
+        /// The driver's function.
+        call: &'static str,
+        /// The `CUresult`.
+        code: u32,
+    },
+
+    /// The driver is there, a GPU is not.
+    #[error(
+        "no CUDA device: the driver is there but sees no GPU; check `nvidia-smi` and the environment variable \
+         CUDA_VISIBLE_DEVICES"
+    )]
+    NoDevice,
+
+    /// The device asked for is not there.
+    #[error("no CUDA device {ordinal}: there are {count}, counted from 0")]
+    NoSuchDevice {
+        /// What was asked for.
+        ordinal: usize,
+        /// How many devices there are.
+        count: usize,
+    },
+
+    /// The device is older than the kernels.
+    #[error(
+        "device {name} has compute capability {}.{}: at least {}.{} is needed",
+        .architecture / 10, .architecture % 10, OLDEST_ARCHITECTURE / 10, OLDEST_ARCHITECTURE % 10
+    )]
+    DeviceTooOld {
+        /// The device's name.
+        name: String,
+        /// Its compute capability times ten.
+        architecture: u32,
+    },
+
+    /// NVRTC's library is not there.
+    #[error(
+        "no NVRTC: none of {} could be loaded; it comes with the CUDA toolkit, or with `pip install nvidia-cuda-nvrtc` \
+         (then add the folder of the library to LD_LIBRARY_PATH)", .tried.join(", ")
+    )]
+    NoNvrtc {
+        /// The libraries looked for.
+        tried: Vec<String>,
+    },
+
+    /// NVRTC's code would be newer than the driver understands.
+    #[error(
+        "NVRTC {}.{} is newer than the CUDA {}.{} of the driver: install NVRTC {} or a newer driver",
+        nvrtc.0, nvrtc.1, driver.0, driver.1, driver.0
+    )]
+    NvrtcTooNew {
+        /// NVRTC's version.
+        nvrtc: (u32, u32),
+        /// The CUDA version the driver supports.
+        driver: (u32, u32),
+    },
+}
+
+/// Whether [`Cuda`](crate::Cuda) can be used here: a driver, at least one device, and an NVRTC that fits.
+///
+/// ```
+/// match batchnorm_cuda::cuda::is_available() {
+///     Ok(()) => println!("CUDA can be used"),
+///     Err(reason) => println!("not here: {reason}"),
+/// }
+/// ```
+///
+/// # Errors
+/// What is missing.
+pub fn is_available() -> Result<(), Unavailable> {
+    let driver = Driver::load()?;
+    if driver.device_count()? == 0 {
+        return Err(Unavailable::NoDevice);
+    }
+    check_nvrtc(&driver).map(|_| ())
+}
+
+/// Whether the device with this ordinal is there, and everything it needs.
+pub(super) fn check_device(ordinal: usize) -> Result<(), Unavailable> {
+    let count = Driver::load()?.device_count()?;
+    match count {
+        0 => Err(Unavailable::NoDevice),
+        count if ordinal >= count => Err(Unavailable::NoSuchDevice { ordinal, count }),
+        _ => is_available(),
+    }
+}
+
+/// NVRTC's version, if it is there and not newer than the driver.
+pub(super) fn nvrtc_version() -> Result<(u32, u32), Unavailable> {
+    check_nvrtc(&Driver::load()?)
+}
+
+fn check_nvrtc(driver: &Driver) -> Result<(u32, u32), Unavailable> {
+    let nvrtc = nvrtc_library_version()?;
+    let driver = driver.version()?;
+    // A cubin runs on every driver of the same major version.
+    if nvrtc.0 > driver.0 {
+        return Err(Unavailable::NvrtcTooNew { nvrtc, driver });
+    }
+    Ok(nvrtc)
+}
+
+fn nvrtc_library_version() -> Result<(u32, u32), Unavailable> {
+    static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
+    let missing = || Unavailable::NoNvrtc {
+        tried: owned_names(NVRTC),
+    };
+    let library = LIBRARY.get_or_init(|| load_first(NVRTC)).as_ref().ok_or_else(missing)?;
+    type NvrtcVersion = unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int;
+    // SAFETY: nvrtcVersion has had this signature since NVRTC exists.
+    let version = unsafe { library.get::<NvrtcVersion>(b"nvrtcVersion\0") }.map_err(|_| missing())?;
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both pointers are valid for a write.
+    match unsafe { version(&mut major, &mut minor) } {
+        0 => Ok((major as u32, minor as u32)),
+        _ => Err(missing()),
+    }
+}
+
+/// The few functions of the driver that tell whether it can be used.
+struct Driver {
+    library: &'static Library,
+}
+
+impl Driver {
+    fn load() -> Result<Self, Unavailable> {
+        static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
+        let library = LIBRARY
+            .get_or_init(|| load_first(DRIVER))
+            .as_ref()
+            .ok_or_else(|| Unavailable::NoDriver {
+                tried: owned_names(DRIVER),
+            })?;
+        let driver = Driver { library };
+        const NO_DEVICE: u32 = 100;
+        // SAFETY: cuInit takes one unsigned int, which must be 0.
+        match driver.call("cuInit", |function: unsafe extern "C" fn(c_uint) -> c_uint| unsafe { function(0) }) {
+            Err(Unavailable::DriverFailed { code: NO_DEVICE, .. }) => Err(Unavailable::NoDevice),
+            other => other.map(|()| driver),
+        }
+    }
+
+    fn device_count(&self) -> Result<usize, Unavailable> {
+        self.number("cuDeviceGetCount").map(|count| count as usize)
+    }
+
+    /// The CUDA version the driver supports.
+    fn version(&self) -> Result<(u32, u32), Unavailable> {
+        self.number("cuDriverGetVersion")
+            .map(|version| (version / 1000, version % 1000 / 10))
+    }
+
+    /// Calls a function that gives one number.
+    fn number(&self, name: &'static str) -> Result<u32, Unavailable> {
+        let mut number: c_int = 0;
+        // SAFETY: the functions asked for take one pointer to an int, which is valid for a write.
+        self.call(name, |function: unsafe extern "C" fn(*mut c_int) -> c_uint| unsafe {
+            function(&mut number)
+        })?;
+        Ok(number as u32)
+    }
+
+    fn call<F>(&self, name: &'static str, run: impl FnOnce(F) -> c_uint) -> Result<(), Unavailable>
+    where
+        F: Copy,
+    {
+        const NOT_FOUND: u32 = 500;
+        // SAFETY: the callers name functions of the driver API with their documented signatures.
+        let code = match unsafe { self.library.get::<F>(name.as_bytes()) } {
+            Ok(function) => run(*function),
+            Err(_) => NOT_FOUND,
+        };
+        match code {
+            0 => Ok(()),
+            code => Err(Unavailable::DriverFailed { call: name, code }),
+        }
+    }
+}
+
+fn load_first(names: &[&str]) -> Option<Library> {
+    // SAFETY: these are NVIDIA's libraries, whose initialisers have no preconditions; `cudarc` would load the same.
+    names.iter().find_map(|&name| unsafe { Library::new(name) }.ok())
+}
+
+fn owned_names(names: &[&str]) -> Vec<String> {
+    names.iter().map(|&name| name.to_owned()).collect()
 }

@@ -1,0 +1,201 @@
+//! What all modules of one context share: its limits, its loaded kernels, its plans.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::time::{Duration, Instant};
+
+use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
+use cudarc::driver::{CudaContext, CudaFunction};
+use cudarc::nvrtc::Ptx;
+
+use super::compile::{Compiled, compile};
+use super::disk_cache::DiskCache;
+use super::driver_error::driver_error;
+use super::kernel::Instantiation;
+use super::limits::DeviceLimits;
+use super::plan::{Plan, Problem};
+use super::probe::{OLDEST_ARCHITECTURE, Unavailable};
+use crate::error::Result;
+
+/// Plans kept per context. A program that meets more shapes than this plans some of them again.
+const PLANS_KEPT: usize = 1024;
+
+/// What compiling and loading kernels has cost so far in a context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CompileReport {
+    /// Kernels compiled by NVRTC: a cold start.
+    pub compiled: usize,
+    /// Kernels that the disk cache had: a warm start.
+    pub from_disk: usize,
+    /// Time spent in NVRTC and the disk cache.
+    pub compile_time: Duration,
+    /// Time the driver took to load the kernels.
+    pub load_time: Duration,
+}
+
+/// A plan with its kernels loaded.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) plan: Plan,
+    /// One per launch of the plan.
+    pub(super) functions: Vec<CudaFunction>,
+}
+
+/// A kernel that is loaded, or being compiled by whoever holds the lock.
+type Slot = Arc<Mutex<Option<CudaFunction>>>;
+
+/// The shared half of a [`Cuda`](super::Cuda).
+#[derive(Debug)]
+pub(super) struct Device {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) limits: DeviceLimits,
+    cache: DiskCache,
+    kernels: Mutex<HashMap<Instantiation, Slot>>,
+    prepared: RwLock<HashMap<Problem, Arc<Prepared>>>,
+    report: Mutex<CompileReport>,
+}
+
+impl Device {
+    /// The device of a context, shared with everyone who has asked for it before with the same cache.
+    pub(super) fn shared(context: &Arc<CudaContext>, cache: &DiskCache) -> Result<Arc<Self>> {
+        static DEVICES: Mutex<Vec<Weak<Device>>> = Mutex::new(Vec::new());
+        let mut devices = lock(&DEVICES);
+        devices.retain(|device| device.strong_count() > 0);
+        // Contexts are told apart by address: two of one device compare equal, but do not order each other's work.
+        let known = devices
+            .iter()
+            .filter_map(Weak::upgrade)
+            .find(|device| Arc::ptr_eq(&device.context, context) && device.cache == *cache);
+        match known {
+            Some(device) => Ok(device),
+            None => {
+                let device = Arc::new(Device::new(context, cache)?);
+                devices.push(Arc::downgrade(&device));
+                Ok(device)
+            }
+        }
+    }
+
+    fn new(context: &Arc<CudaContext>, cache: &DiskCache) -> Result<Self> {
+        let limits = read_limits(context)?;
+        if limits.architecture < OLDEST_ARCHITECTURE {
+            return Err(Unavailable::DeviceTooOld {
+                name: limits.name,
+                architecture: limits.architecture,
+            }
+            .into());
+        }
+        Ok(Self {
+            context: context.clone(),
+            limits,
+            cache: cache.clone(),
+            kernels: Mutex::default(),
+            prepared: RwLock::default(),
+            report: Mutex::default(),
+        })
+    }
+
+    pub(super) fn report(&self) -> CompileReport {
+        *lock(&self.report)
+    }
+
+    /// The plan for a problem, with its kernels compiled and loaded.
+    pub(super) fn prepare(&self, problem: &Problem) -> Result<Arc<Prepared>> {
+        if let Some(prepared) = self
+            .prepared
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(problem)
+        {
+            return Ok(prepared.clone());
+        }
+        let plan = Plan::new(problem, &self.limits)?;
+        let functions = plan
+            .kernels
+            .iter()
+            .map(|launch| self.function(&launch.instantiation))
+            .collect::<Result<_>>()?;
+        let prepared = Arc::new(Prepared { plan, functions });
+        let mut all = self.prepared.write().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= PLANS_KEPT {
+            all.clear();
+        }
+        all.insert(*problem, prepared.clone());
+        Ok(prepared)
+    }
+
+    /// A loaded kernel. Different kernels may be compiled at the same time, each only once.
+    fn function(&self, instantiation: &Instantiation) -> Result<CudaFunction> {
+        let slot = lock(&self.kernels).entry(*instantiation).or_default().clone();
+        let mut loaded = lock(&slot);
+        if let Some(function) = &*loaded {
+            return Ok(function.clone());
+        }
+        let function = self.compile_and_load(instantiation)?;
+        *loaded = Some(function.clone());
+        Ok(function)
+    }
+
+    fn compile_and_load(&self, instantiation: &Instantiation) -> Result<CudaFunction> {
+        let compiled = self.compile(instantiation, &self.cache)?;
+        let from_disk = compiled.from_disk;
+        match self.load(instantiation, compiled) {
+            // The file was what we once wrote, yet this driver does not take it.
+            Err(_) if from_disk => self.load(instantiation, self.compile(instantiation, &DiskCache::Off)?),
+            loaded => loaded,
+        }
+    }
+
+    fn compile(&self, instantiation: &Instantiation, cache: &DiskCache) -> Result<Compiled> {
+        let start = Instant::now();
+        let compiled = compile(instantiation, self.limits.architecture, cache)?;
+        let mut report = lock(&self.report);
+        report.compile_time += start.elapsed();
+        if compiled.from_disk {
+            report.from_disk += 1;
+        } else {
+            report.compiled += 1;
+        }
+        Ok(compiled)
+    }
+
+    fn load(&self, instantiation: &Instantiation, compiled: Compiled) -> Result<CudaFunction> {
+        let start = Instant::now();
+        let module = self
+            .context
+            .load_module(Ptx::from_binary(compiled.image))
+            .map_err(|error| driver_error("loading a kernel", error))?;
+        let function = module
+            .load_function(instantiation.kernel.name())
+            .map_err(|error| driver_error("looking up a kernel", error))?;
+        lock(&self.report).load_time += start.elapsed();
+        Ok(function)
+    }
+}
+
+fn read_limits(context: &Arc<CudaContext>) -> Result<DeviceLimits> {
+    let attribute = |attribute| {
+        context
+            .attribute(attribute)
+            .map(|value| value as u32)
+            .map_err(|error| driver_error("reading a device attribute", error))
+    };
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    Ok(DeviceLimits {
+        name: context
+            .name()
+            .map_err(|error| driver_error("reading the device's name", error))?,
+        architecture: major * 10 + minor,
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        threads_per_multiprocessor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)?,
+        shared_memory_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        l2_cache: u64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?),
+        grid: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X)?,
+    })
+}
+
+/// No state under these locks is left half-made by a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

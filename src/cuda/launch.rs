@@ -1,0 +1,425 @@
+//! Carries a plan out on a stream: takes the operands' addresses, fills in the kernels' arguments, launches.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUdeviceptr, CUstreamCaptureStatus};
+use cudarc::driver::{
+    CudaFunction, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
+    PushKernelArg, SyncOnDrop,
+};
+
+use super::Cuda;
+use super::arguments::{self, Normalisation, Partials};
+use super::device::Prepared;
+use super::driver_error::driver_error;
+use super::kernel::Kernel;
+use super::plan::{Alignment, KernelLaunch, Operation, Problem, Tracking};
+use super::workspace::Workspace;
+use crate::backend::{
+    BackwardEpilogue, BackwardPass, BackwardStatistics, BatchStatistics, ForwardEpilogue, ForwardPass,
+    ForwardStatistics, GradientFlow, InputOutput, ParameterGradients,
+};
+use crate::config::Momentum;
+use crate::element::{Element, Plain};
+use crate::epilogue::Epilogue;
+use crate::error::{Error, Result};
+
+/// An operand of a pass: its address, and the guard that tells `cudarc` when the launches that use it are on the stream.
+/// None is an operand that is not there.
+struct Operand<'a> {
+    address: CUdeviceptr,
+    _until_launched: Option<SyncOnDrop<'a>>,
+}
+
+impl<'a> Operand<'a> {
+    const ABSENT: Operand<'static> = Operand {
+        address: 0,
+        _until_launched: None,
+    };
+
+    fn read<T: Plain>(view: &'a CudaView<'_, T>, stream: &'a CudaStream) -> Self {
+        Self::of(view.device_ptr(stream))
+    }
+
+    fn read_if<T: Plain>(view: Option<&'a CudaView<'_, T>>, stream: &'a CudaStream) -> Self {
+        view.map_or(Operand::ABSENT, |view| Operand::read(view, stream))
+    }
+
+    fn written<T: Plain>(view: &'a mut CudaViewMut<'_, T>, stream: &'a CudaStream) -> Self {
+        Self::of(view.device_ptr_mut(stream))
+    }
+
+    fn written_if<T: Plain>(view: Option<&'a mut CudaViewMut<'_, T>>, stream: &'a CudaStream) -> Self {
+        view.map_or(Operand::ABSENT, |view| Operand::written(view, stream))
+    }
+
+    fn buffer<T: Plain>(buffer: &'a CudaSlice<T>, stream: &'a CudaStream) -> Self {
+        Self::of(buffer.device_ptr(stream))
+    }
+
+    fn buffer_mut<T: DeviceRepr>(buffer: &'a mut CudaSlice<T>, stream: &'a CudaStream) -> Self {
+        Self::of(buffer.device_ptr_mut(stream))
+    }
+
+    fn of((address, guard): (CUdeviceptr, SyncOnDrop<'a>)) -> Self {
+        Operand {
+            address,
+            _until_launched: Some(guard),
+        }
+    }
+}
+
+/// A workspace's buffers as operands.
+struct WorkspaceOperands<'a> {
+    partial_weight: Operand<'a>,
+    partial_first: Operand<'a>,
+    partial_second: Operand<'a>,
+    arrived: Operand<'a>,
+    first: Operand<'a>,
+    second: Operand<'a>,
+    momentum: Operand<'a>,
+}
+
+impl<'a> WorkspaceOperands<'a> {
+    fn new<T: Element>(workspace: &'a mut Workspace<T>, stream: &'a CudaStream) -> Self {
+        Self {
+            partial_weight: Operand::buffer_mut(&mut workspace.partial_weight, stream),
+            partial_first: Operand::buffer_mut(&mut workspace.partial_first, stream),
+            partial_second: Operand::buffer_mut(&mut workspace.partial_second, stream),
+            arrived: Operand::buffer_mut(&mut workspace.arrived, stream),
+            first: Operand::buffer_mut(&mut workspace.first, stream),
+            second: Operand::buffer_mut(&mut workspace.second, stream),
+            momentum: Operand::buffer_mut(&mut workspace.momentum, stream),
+        }
+    }
+
+    fn partials(&self) -> Partials {
+        Partials {
+            weight: self.partial_weight.address,
+            first: self.partial_first.address,
+            second: self.partial_second.address,
+            arrived: self.arrived.address,
+        }
+    }
+}
+
+impl Cuda {
+    /// Launches a forward pass.
+    pub(super) fn launch_forward<T: Element>(&self, pass: ForwardPass<'_, '_, Self, T>) -> Result<()> {
+        let ForwardPass {
+            shape,
+            eps,
+            mut tensors,
+            epilogue,
+            weight,
+            bias,
+            statistics,
+        } = pass;
+        self.check_capture()?;
+        let stream = &*self.stream;
+        let (kind, z) = match &epilogue {
+            ForwardEpilogue::Identity => (Epilogue::Identity, None),
+            ForwardEpilogue::Relu => (Epilogue::Relu, None),
+            ForwardEpilogue::AddRelu { z } => (Epilogue::AddRelu, Some(z)),
+        };
+        let z = Operand::read_if(z, stream);
+        // In place, one operand is both.
+        let (x, y) = match &mut tensors {
+            InputOutput::Separate { x, y } => (Some(Operand::read(x, stream)), Operand::written(y, stream)),
+            InputOutput::InPlace { x } => (None, Operand::written(x, stream)),
+        };
+        let x_address = x.as_ref().map_or(y.address, |x| x.address);
+        let weight = Operand::read_if(weight.as_ref(), stream);
+        let bias = Operand::read_if(bias.as_ref(), stream);
+        let problem = Problem {
+            epilogue: kind,
+            affine: weight.address != 0,
+            alignment: alignment([Some(x_address), z.present(), Some(y.address)]),
+            tracking: Tracking::None,
+            ..Problem::new(Operation::Eval, shape, T::DTYPE)
+        };
+        let apply = |normalisation, update, launch: &KernelLaunch| arguments::Apply {
+            x: x_address,
+            z: z.address,
+            y: y.address,
+            normalisation,
+            update,
+            tiling: launch.tiling,
+        };
+        match statistics {
+            ForwardStatistics::Running { mean, variance } => {
+                let mean = Operand::read(&mean, stream);
+                let variance = Operand::read(&variance, stream);
+                let normalisation = Normalisation {
+                    pivot: mean.address,
+                    mean_offset: 0,
+                    invstd: variance.address,
+                    weight: weight.address,
+                    bias: bias.address,
+                    eps,
+                };
+                let prepared = self.device.prepare(&problem)?;
+                self.run(&prepared, |stream, function, launch| {
+                    let update = arguments::RunningUpdate::default();
+                    launch_kernel(stream, function, launch, &apply(normalisation, update, launch))
+                })
+            }
+            ForwardStatistics::Batch {
+                saved,
+                workspace,
+                mut update,
+            } => {
+                let pivot = Operand::buffer_mut(&mut saved.pivot, stream);
+                let mean_offset = Operand::buffer_mut(&mut saved.mean_offset, stream);
+                let invstd = Operand::buffer_mut(&mut saved.invstd, stream);
+                let workspace = WorkspaceOperands::new(workspace, stream);
+                let momentum = update.as_ref().map(|update| update.momentum);
+                let skip_non_finite = update.as_ref().is_some_and(|update| update.skip_non_finite);
+                let (running_mean, running_variance, batches) = match &mut update {
+                    Some(update) => (
+                        Operand::written(&mut update.mean, stream),
+                        Operand::written(&mut update.variance, stream),
+                        Operand::written(&mut update.batches, stream),
+                    ),
+                    None => (Operand::ABSENT, Operand::ABSENT, Operand::ABSENT),
+                };
+                let cumulative = momentum == Some(Momentum::CumulativeAverage);
+                let problem = Problem {
+                    operation: Operation::Train,
+                    tracking: match momentum {
+                        None => Tracking::None,
+                        Some(Momentum::Factor(_)) => Tracking::Momentum,
+                        Some(Momentum::CumulativeAverage) => Tracking::CumulativeAverage,
+                    },
+                    ..problem
+                };
+                let normalisation = Normalisation {
+                    pivot: pivot.address,
+                    mean_offset: mean_offset.address,
+                    invstd: invstd.address,
+                    weight: weight.address,
+                    bias: bias.address,
+                    eps,
+                };
+                let update = arguments::RunningUpdate {
+                    mean: running_mean.address,
+                    variance: running_variance.address,
+                    batches: batches.address,
+                    batch_variance: workspace.first.address,
+                    cumulative: if cumulative { workspace.momentum.address } else { 0 },
+                    momentum: match momentum {
+                        Some(Momentum::Factor(factor)) => factor,
+                        Some(Momentum::CumulativeAverage) | None => 0.0,
+                    },
+                    skip_non_finite: u64::from(skip_non_finite),
+                    values: shape.values_per_channel()? as u64,
+                };
+                let prepared = self.device.prepare(&problem)?;
+                self.run(&prepared, |stream, function, launch| {
+                    match launch.instantiation.kernel {
+                        Kernel::Statistics => {
+                            let arguments = arguments::Statistics {
+                                x: x_address,
+                                pivot: pivot.address,
+                                mean_offset: mean_offset.address,
+                                invstd: invstd.address,
+                                variance: workspace.first.address,
+                                partials: workspace.partials(),
+                                batches: if cumulative { batches.address } else { 0 },
+                                momentum: workspace.momentum.address,
+                                eps,
+                                tiling: launch.tiling,
+                            };
+                            launch_kernel(stream, function, launch, &arguments)
+                        }
+                        _ => launch_kernel(stream, function, launch, &apply(normalisation, update, launch)),
+                    }
+                })
+            }
+        }
+    }
+
+    /// Launches a backward pass.
+    pub(super) fn launch_backward<T: Element>(&self, pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
+        let BackwardPass {
+            shape,
+            eps,
+            x,
+            mut flow,
+            mut epilogue,
+            weight,
+            bias,
+            mut parameters,
+            statistics,
+            workspace,
+        } = pass;
+        self.check_capture()?;
+        let stream = &*self.stream;
+        let x = Operand::read(&x, stream);
+        let (dy, dx) = match &mut flow {
+            GradientFlow::Stops { dy } => (Some(Operand::read(dy, stream)), Operand::ABSENT),
+            GradientFlow::Separate { dy, dx } => (Some(Operand::read(dy, stream)), Operand::written(dx, stream)),
+            GradientFlow::InPlace { dy } => (None, Operand::written(dy, stream)),
+        };
+        let dy_address = dy.as_ref().map_or(dx.address, |dy| dy.address);
+        let (kind, y, dz) = match &mut epilogue {
+            BackwardEpilogue::Identity => (Epilogue::Identity, Operand::ABSENT, Operand::ABSENT),
+            BackwardEpilogue::Relu => (Epilogue::Relu, Operand::ABSENT, Operand::ABSENT),
+            BackwardEpilogue::AddRelu { y, dz } => (
+                Epilogue::AddRelu,
+                Operand::read(y, stream),
+                Operand::written_if(dz.as_mut(), stream),
+            ),
+        };
+        let weight = Operand::read_if(weight.as_ref(), stream);
+        let bias = Operand::read_if(bias.as_ref(), stream);
+        let accumulate = parameters.as_ref().is_some_and(|parameters| parameters.accumulate);
+        let (weight_gradient, bias_gradient) = match &mut parameters {
+            Some(ParameterGradients { weight, bias, .. }) => {
+                (Operand::written(weight, stream), Operand::written(bias, stream))
+            }
+            None => (Operand::ABSENT, Operand::ABSENT),
+        };
+        let (operation, pivot, mean_offset, invstd) = match &statistics {
+            BackwardStatistics::Running { mean, variance } => (
+                Operation::BackwardEval,
+                Operand::read(mean, stream),
+                Operand::ABSENT,
+                Operand::read(variance, stream),
+            ),
+            BackwardStatistics::Batch(BatchStatistics {
+                pivot,
+                mean_offset,
+                invstd,
+            }) => (
+                Operation::Backward,
+                Operand::buffer(pivot, stream),
+                Operand::buffer(mean_offset, stream),
+                Operand::buffer(invstd, stream),
+            ),
+        };
+        let workspace = WorkspaceOperands::new(workspace, stream);
+        let problem = Problem {
+            epilogue: kind,
+            affine: weight.address != 0,
+            alignment: alignment([
+                Some(x.address),
+                Some(dy_address),
+                y.present(),
+                dx.present(),
+                dz.present(),
+            ]),
+            input_gradient: dx.address != 0,
+            residual_gradient: dz.address != 0,
+            parameter_gradients: weight_gradient.address != 0,
+            accumulate,
+            ..Problem::new(operation, shape, T::DTYPE)
+        };
+        let normalisation = Normalisation {
+            pivot: pivot.address,
+            mean_offset: mean_offset.address,
+            invstd: invstd.address,
+            weight: weight.address,
+            bias: bias.address,
+            eps,
+        };
+        let values = shape.values_per_channel()? as u64;
+        let prepared = self.device.prepare(&problem)?;
+        self.run(&prepared, |stream, function, launch| {
+            match launch.instantiation.kernel {
+                Kernel::BackwardReduce => {
+                    let arguments = arguments::BackwardReduce {
+                        x: x.address,
+                        y: y.address,
+                        dy: dy_address,
+                        dx: dx.address,
+                        dz: dz.address,
+                        normalisation,
+                        partials: workspace.partials(),
+                        sum: workspace.first.address,
+                        sum_centred: workspace.second.address,
+                        weight: weight_gradient.address,
+                        bias: bias_gradient.address,
+                        accumulate: u64::from(accumulate),
+                        tiling: launch.tiling,
+                    };
+                    launch_kernel(stream, function, launch, &arguments)
+                }
+                _ => {
+                    let arguments = arguments::BackwardApply {
+                        x: x.address,
+                        y: y.address,
+                        dy: dy_address,
+                        dx: dx.address,
+                        dz: dz.address,
+                        normalisation,
+                        sum: workspace.first.address,
+                        sum_centred: workspace.second.address,
+                        values,
+                        tiling: launch.tiling,
+                    };
+                    launch_kernel(stream, function, launch, &arguments)
+                }
+            }
+        })
+    }
+
+    /// Launches the kernels of a plan in their order.
+    fn run(
+        &self,
+        prepared: &Prepared,
+        mut launch: impl FnMut(&Arc<CudaStream>, &CudaFunction, &KernelLaunch) -> Result<()>,
+    ) -> Result<()> {
+        prepared
+            .plan
+            .kernels
+            .iter()
+            .zip(&prepared.functions)
+            .try_for_each(|(kernel, function)| launch(&self.stream, function, kernel))
+    }
+
+    /// A graph cannot hold the events by which `cudarc` orders the streams of a context.
+    fn check_capture(&self) -> Result<()> {
+        if !self.stream.context().is_managing_stream_synchronization() {
+            return Ok(());
+        }
+        let status = self
+            .stream
+            .capture_status()
+            .map_err(|error| driver_error("asking for the stream's capture status", error))?;
+        match status {
+            CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
+            _ => Err(Error::CaptureWithEventTracking),
+        }
+    }
+}
+
+impl Operand<'_> {
+    fn present(&self) -> Option<CUdeviceptr> {
+        (self.address != 0).then_some(self.address)
+    }
+}
+
+fn alignment<const N: usize>(addresses: [Option<CUdeviceptr>; N]) -> Alignment {
+    Alignment::of(addresses.into_iter().flatten())
+}
+
+fn launch_kernel<A: DeviceRepr>(
+    stream: &Arc<CudaStream>,
+    function: &CudaFunction,
+    launch: &KernelLaunch,
+    arguments: &A,
+) -> Result<()> {
+    let config = LaunchConfig {
+        grid_dim: (launch.grid, 1, 1),
+        block_dim: (launch.block(), 1, 1),
+        shared_mem_bytes: launch.shared_bytes,
+    };
+    // SAFETY: the function is the kernel of the plan, which takes one structure of this type by value. The addresses in it
+    // are of buffers of this context that hold as many elements as the plan's shape has (the module has checked them, the
+    // workspace was made for the shape), whose guards live until all launches of the pass are on the stream, and of which
+    // the written ones are borrowed exclusively.
+    unsafe { stream.launch_builder(function).arg(arguments).launch(config) }
+        .map(|_events| ())
+        .map_err(|error| driver_error(launch.instantiation.kernel.name(), error))
+}

@@ -1,0 +1,592 @@
+//! What will run for a shape on a device: which kernels, with which launch shapes, moving how many bytes.
+//!
+//! Pure: no CUDA call is made here, so that every decision can be looked at and tested for any device on any machine. And
+//! the only source of launch shapes: the launcher decides nothing.
+//!
+//! ```
+//! use batchnorm_cuda::cuda::plan::{Operation, Plan, Problem};
+//! use batchnorm_cuda::cuda::DeviceLimits;
+//! use batchnorm_cuda::{Dtype, Shape};
+//!
+//! # fn main() -> batchnorm_cuda::Result<()> {
+//! let problem = Problem::new(Operation::Train, Shape::nchw(32, 64, 56, 56), Dtype::F16);
+//! let plan = Plan::new(&problem, &DeviceLimits::named("h200").unwrap())?;
+//! println!("{plan}");
+//! assert_eq!(plan.traffic_ratio(), 1.5); // x is read twice: once for its statistics, once to be normalised
+//! # Ok(())
+//! # }
+//! ```
+
+use super::kernel::{Instantiation, Kernel};
+use super::limits::DeviceLimits;
+pub use super::tiling::{Alignment, Tiling};
+use super::tiling::{self, Demand};
+use crate::element::Dtype;
+use crate::epilogue::Epilogue;
+use crate::error::{Error, Result};
+use crate::shape::Shape;
+
+/// What is to be computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// Forward by batch statistics.
+    Train,
+    /// Forward by running statistics.
+    Eval,
+    /// Backward through batch statistics.
+    Backward,
+    /// Backward by running statistics, which are constants.
+    BackwardEval,
+}
+
+impl Operation {
+    /// All operations.
+    pub const ALL: [Operation; 4] = [
+        Operation::Train,
+        Operation::Eval,
+        Operation::Backward,
+        Operation::BackwardEval,
+    ];
+
+    /// `train`, `eval`, `backward` or `backward_eval`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Operation::Train => "train",
+            Operation::Eval => "eval",
+            Operation::Backward => "backward",
+            Operation::BackwardEval => "backward_eval",
+        }
+    }
+}
+
+impl std::fmt::Display for Operation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Operation {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        Operation::ALL
+            .into_iter()
+            .find(|operation| operation.name() == text)
+            .ok_or_else(|| format!("unknown operation {text:?}: expected train, eval, backward or backward_eval"))
+    }
+}
+
+/// How running statistics move in a training pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Tracking {
+    /// Not at all.
+    None,
+    /// By a fixed momentum.
+    Momentum,
+    /// By a cumulative average.
+    CumulativeAverage,
+}
+
+/// Everything that a plan depends on, but the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Problem {
+    /// What is to be computed.
+    pub operation: Operation,
+    /// The shape of every tensor.
+    pub shape: Shape,
+    /// The element type of every tensor.
+    pub dtype: Dtype,
+    /// What is fused.
+    pub epilogue: Epilogue,
+    /// How the tensors' addresses lie to one another.
+    pub alignment: Alignment,
+    /// Whether there are a weight and a bias.
+    pub affine: bool,
+    /// Training: how running statistics move.
+    pub tracking: Tracking,
+    /// Backward: whether the gradient at x is wanted.
+    pub input_gradient: bool,
+    /// Backward of add + relu: whether the gradient at the residual is wanted.
+    pub residual_gradient: bool,
+    /// Backward: whether the gradients at weight and bias are wanted.
+    pub parameter_gradients: bool,
+    /// Backward: whether these are added to what is there.
+    pub accumulate: bool,
+}
+
+impl Problem {
+    /// The ordinary case: aligned, affine, with running statistics by momentum, all gradients wanted.
+    pub const fn new(operation: Operation, shape: Shape, dtype: Dtype) -> Self {
+        Self {
+            operation,
+            shape,
+            dtype,
+            epilogue: Epilogue::Identity,
+            alignment: Alignment::FULL,
+            affine: true,
+            tracking: Tracking::Momentum,
+            input_gradient: true,
+            residual_gradient: true,
+            parameter_gradients: true,
+            accumulate: false,
+        }
+    }
+
+    /// Sets [`Problem::epilogue`].
+    pub const fn epilogue(self, epilogue: Epilogue) -> Self {
+        Self { epilogue, ..self }
+    }
+
+    /// The fewest tensors that must cross memory, each one read or written once.
+    fn minimum_tensors(&self) -> u64 {
+        let residual = u64::from(self.epilogue == Epilogue::AddRelu);
+        match self.operation {
+            Operation::Train | Operation::Eval => 2 + residual,
+            Operation::Backward | Operation::BackwardEval => {
+                let outputs = u64::from(self.input_gradient) + u64::from(self.wants_residual_gradient());
+                // In evaluation, dx alone needs no x, unless to compute the relu's mask again.
+                let x = self.needs_sums() || (self.input_gradient && self.epilogue == Epilogue::Relu);
+                1 + residual + u64::from(x) + outputs
+            }
+        }
+    }
+
+    /// Whether the pass needs sums over the gradient.
+    fn needs_sums(&self) -> bool {
+        match self.operation {
+            Operation::Train | Operation::Eval => false,
+            Operation::Backward => self.input_gradient || self.parameter_gradients,
+            Operation::BackwardEval => self.parameter_gradients,
+        }
+    }
+
+    fn wants_residual_gradient(&self) -> bool {
+        self.residual_gradient && self.epilogue == Epilogue::AddRelu
+    }
+
+    fn validate(&self) -> Result<()> {
+        let shape = self.shape;
+        if shape.channels == 0 || shape.height == 0 || shape.width == 0 {
+            return Err(Error::EmptyDimension { shape });
+        }
+        let values = shape.values_per_channel()?;
+        match self.operation {
+            Operation::Train if values == 1 => Err(Error::OneValuePerChannel { shape }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// One kernel launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelLaunch {
+    /// What is launched.
+    pub instantiation: Instantiation,
+    /// Blocks.
+    pub grid: u32,
+    /// Bytes of dynamic shared memory per block.
+    pub shared_bytes: u32,
+    /// How the tensor is cut up.
+    pub tiling: Tiling,
+    /// Bytes it moves.
+    pub traffic: Traffic,
+}
+
+impl KernelLaunch {
+    /// Threads per block.
+    pub fn block(&self) -> u32 {
+        self.instantiation.threads
+    }
+}
+
+/// Bytes that cross the memory interface, as the kernels ask for them (caches may serve some).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Tensors' bytes, read and written.
+    pub tensors: u64,
+    /// Read, per-channel vectors and partial results included.
+    pub read: u64,
+    /// Written, per-channel vectors and partial results included.
+    pub written: u64,
+}
+
+impl Traffic {
+    /// All bytes.
+    pub fn bytes(&self) -> u64 {
+        self.read + self.written
+    }
+}
+
+impl std::ops::Add for Traffic {
+    type Output = Traffic;
+
+    fn add(self, other: Traffic) -> Traffic {
+        Traffic {
+            tensors: self.tensors + other.tensors,
+            read: self.read + other.read,
+            written: self.written + other.written,
+        }
+    }
+}
+
+/// What will run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// What is computed.
+    pub problem: Problem,
+    /// The device it is for.
+    pub device: String,
+    /// The launches, in order; none for an empty batch.
+    pub kernels: Vec<KernelLaunch>,
+}
+
+impl Plan {
+    /// Plans a pass.
+    ///
+    /// # Errors
+    /// [`Error::EmptyDimension`], [`Error::ShapeOverflow`], [`Error::OneValuePerChannel`].
+    pub fn new(problem: &Problem, limits: &DeviceLimits) -> Result<Self> {
+        problem.validate()?;
+        let planner = Planner { problem, limits };
+        Ok(Self {
+            problem: *problem,
+            device: limits.name.clone(),
+            kernels: if problem.shape.is_empty() {
+                Vec::new()
+            } else {
+                planner.launches()
+            },
+        })
+    }
+
+    /// Bytes of all launches.
+    pub fn traffic(&self) -> Traffic {
+        self.kernels
+            .iter()
+            .fold(Traffic::default(), |sum, launch| sum + launch.traffic)
+    }
+
+    /// Bytes that every implementation must move: each tensor read or written once.
+    pub fn minimum_bytes(&self) -> u64 {
+        self.problem.minimum_tensors() * tensor_bytes(&self.problem)
+    }
+
+    /// Tensors' bytes over the fewest possible: 1 is the best there is. Per-channel vectors are not counted.
+    pub fn traffic_ratio(&self) -> f64 {
+        if self.kernels.is_empty() {
+            return 1.0;
+        }
+        self.traffic().tensors as f64 / self.minimum_bytes() as f64
+    }
+
+    /// Partial results that the launches need room for: one per channel and split, of the launch with the most.
+    pub(super) fn partials(&self) -> u64 {
+        self.reducing()
+            .filter(|launch| launch.tiling.splits > 1)
+            .map(|launch| launch.tiling.channels * launch.tiling.splits)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Counters that the launches need: one per strip, of the launch with the most.
+    pub(super) fn counters(&self) -> u64 {
+        self.reducing().map(|launch| launch.tiling.strips).max().unwrap_or(0)
+    }
+
+    fn reducing(&self) -> impl Iterator<Item = &KernelLaunch> {
+        self.kernels
+            .iter()
+            .filter(|launch| matches!(launch.instantiation.kernel, Kernel::Statistics | Kernel::BackwardReduce))
+    }
+}
+
+/// Bytes of one tensor.
+fn tensor_bytes(problem: &Problem) -> u64 {
+    let Shape {
+        batch,
+        channels,
+        height,
+        width,
+        ..
+    } = problem.shape;
+    (batch * channels * height * width * problem.dtype.size()) as u64
+}
+
+/// Bytes of one split's result for one channel in `kernels/reduce.cuh`: the weight, where it is kept, and two numbers.
+fn partial_bytes(kernel: Kernel, real: u64) -> u64 {
+    const WEIGHT: u64 = 8;
+    match kernel {
+        Kernel::Statistics => WEIGHT + 2 * real,
+        _ => 2 * real,
+    }
+}
+
+/// Numbers of the parameter type that `kernels/normalise.cuh` stages per channel.
+const STAGED_NUMBERS: u64 = 5;
+
+struct Planner<'a> {
+    problem: &'a Problem,
+    limits: &'a DeviceLimits,
+}
+
+impl Planner<'_> {
+    fn launches(&self) -> Vec<KernelLaunch> {
+        let problem = self.problem;
+        match problem.operation {
+            Operation::Train => vec![self.statistics(), self.apply(true)],
+            Operation::Eval => vec![self.apply(false)],
+            Operation::Backward => {
+                let gradients = problem.input_gradient || problem.wants_residual_gradient();
+                let reduce = problem.needs_sums().then(|| self.backward_reduce(true));
+                let apply = gradients.then(|| self.backward_apply(problem.input_gradient));
+                reduce.into_iter().chain(apply).collect()
+            }
+            // Here dx does not depend on the sums, so one kernel finds both.
+            Operation::BackwardEval if problem.parameter_gradients => vec![self.backward_reduce(false)],
+            Operation::BackwardEval if problem.input_gradient || problem.wants_residual_gradient() => {
+                vec![self.backward_apply(false)]
+            }
+            Operation::BackwardEval => Vec::new(),
+        }
+    }
+
+    fn statistics(&self) -> KernelLaunch {
+        let cumulative = self.problem.tracking == Tracking::CumulativeAverage;
+        self.launch(Kernel::Statistics, Epilogue::Identity, 1, 1, |counts, tiling| {
+            counts.read_tensors(1);
+            // The pivot of every channel of every task.
+            counts.read += tiling.channels * tiling.splits * self.problem.dtype.size() as u64;
+            counts.written += tiling.channels * 4 * counts.real;
+            if cumulative {
+                counts.read += COUNTER_BYTES;
+                counts.written += counts.real;
+            }
+        })
+    }
+
+    fn apply(&self, batch_statistics: bool) -> KernelLaunch {
+        let problem = self.problem;
+        let residual = u64::from(problem.epilogue == Epilogue::AddRelu);
+        let tracking = if batch_statistics { problem.tracking } else { Tracking::None };
+        self.launch(
+            Kernel::Apply,
+            problem.epilogue,
+            1 + residual,
+            STAGED_NUMBERS,
+            |counts, tiling| {
+                counts.read_tensors(1 + residual);
+                counts.write_tensors(1);
+                counts.read_normalisation(tiling, batch_statistics, problem.affine);
+                if tracking != Tracking::None {
+                    // Batch variance, and both running statistics in and out; the count of batches.
+                    let factor = u64::from(tracking == Tracking::CumulativeAverage);
+                    counts.read += tiling.channels * (3 + factor) * counts.real + COUNTER_BYTES;
+                    counts.written += tiling.channels * 2 * counts.real + COUNTER_BYTES;
+                }
+            },
+        )
+    }
+
+    fn backward_reduce(&self, batch_statistics: bool) -> KernelLaunch {
+        let problem = self.problem;
+        let residual = u64::from(problem.epilogue == Epilogue::AddRelu);
+        let outputs = if batch_statistics { 0 } else { self.gradient_outputs() };
+        let mut launch = self.launch(
+            Kernel::BackwardReduce,
+            problem.epilogue,
+            2 + residual,
+            STAGED_NUMBERS,
+            |counts, tiling| {
+                counts.read_tensors(2 + residual);
+                counts.write_tensors(outputs);
+                counts.read_normalisation(tiling, batch_statistics, problem.affine);
+                counts.written += tiling.channels * 2 * counts.real;
+                if problem.parameter_gradients {
+                    counts.written += tiling.channels * 2 * counts.real;
+                    if problem.accumulate {
+                        counts.read += tiling.channels * 2 * counts.real;
+                    }
+                }
+            },
+        );
+        launch.instantiation.stores_gradient = outputs > 0;
+        launch
+    }
+
+    fn backward_apply(&self, batch_statistics: bool) -> KernelLaunch {
+        let problem = self.problem;
+        let residual = u64::from(problem.epilogue == Epilogue::AddRelu);
+        let x = u64::from(batch_statistics || problem.epilogue == Epilogue::Relu);
+        let mut launch = self.launch(
+            Kernel::BackwardApply,
+            problem.epilogue,
+            1 + residual + x,
+            STAGED_NUMBERS + 2,
+            |counts, tiling| {
+                counts.read_tensors(1 + residual + x);
+                counts.write_tensors(self.gradient_outputs());
+                counts.read_normalisation(tiling, problem.operation == Operation::Backward, problem.affine);
+                if batch_statistics {
+                    counts.read += tiling.channels * tiling.splits * 2 * counts.real;
+                }
+            },
+        );
+        launch.instantiation.batch_statistics = batch_statistics;
+        launch
+    }
+
+    fn gradient_outputs(&self) -> u64 {
+        u64::from(self.problem.input_gradient) + u64::from(self.problem.wants_residual_gradient())
+    }
+
+    fn launch(
+        &self,
+        kernel: Kernel,
+        epilogue: Epilogue,
+        tensors_read: u64,
+        numbers_per_channel: u64,
+        count: impl FnOnce(&mut Counts, &Tiling),
+    ) -> KernelLaunch {
+        let Problem {
+            shape,
+            dtype,
+            alignment,
+            ..
+        } = *self.problem;
+        let reduces = matches!(kernel, Kernel::Statistics | Kernel::BackwardReduce);
+        let chosen = tiling::choose(
+            shape,
+            dtype,
+            alignment,
+            self.limits,
+            Demand {
+                tensors_read,
+                numbers_per_channel,
+                reduces,
+            },
+        );
+        let mut counts = Counts::new(self.problem);
+        count(&mut counts, &chosen.tiling);
+        if reduces {
+            counts.partials(kernel, &chosen.tiling);
+        }
+        KernelLaunch {
+            instantiation: Instantiation {
+                kernel,
+                dtype,
+                walk: chosen.walk,
+                vector: chosen.vector,
+                unroll: chosen.unroll,
+                threads: chosen.threads,
+                wide_index: chosen.wide_index,
+                epilogue,
+                stores_gradient: false,
+                batch_statistics: false,
+            },
+            grid: chosen.tiling.tasks().min(u64::from(self.limits.grid)) as u32,
+            shared_bytes: chosen.shared_bytes,
+            tiling: chosen.tiling,
+            traffic: counts.traffic(),
+        }
+    }
+}
+
+/// Bytes of `num_batches_tracked`.
+const COUNTER_BYTES: u64 = 8;
+
+/// Bytes of one counter of arrived blocks.
+const ARRIVED_BYTES: u64 = 4;
+
+/// Counts what a launch reads and writes.
+struct Counts {
+    tensor: u64,
+    real: u64,
+    tensors: u64,
+    read: u64,
+    written: u64,
+}
+
+impl Counts {
+    fn new(problem: &Problem) -> Self {
+        Self {
+            tensor: tensor_bytes(problem),
+            real: problem.dtype.param().size() as u64,
+            tensors: 0,
+            read: 0,
+            written: 0,
+        }
+    }
+
+    fn read_tensors(&mut self, count: u64) {
+        self.tensors += count * self.tensor;
+        self.read += count * self.tensor;
+    }
+
+    fn write_tensors(&mut self, count: u64) {
+        self.tensors += count * self.tensor;
+        self.written += count * self.tensor;
+    }
+
+    /// Every task stages the numbers of its strip: mean and invstd in two vectors, or three by batch statistics.
+    fn read_normalisation(&mut self, tiling: &Tiling, batch_statistics: bool, affine: bool) {
+        let vectors = 2 + u64::from(batch_statistics) + 2 * u64::from(affine);
+        self.read += tiling.channels * tiling.splits * vectors * self.real;
+    }
+
+    /// Where several blocks share a strip, each leaves its result per channel, the last reads all and resets the counter.
+    fn partials(&mut self, kernel: Kernel, tiling: &Tiling) {
+        if tiling.splits > 1 {
+            let bytes = tiling.channels * tiling.splits * partial_bytes(kernel, self.real);
+            self.read += bytes;
+            self.written += bytes + tiling.strips * ARRIVED_BYTES;
+        }
+    }
+
+    fn traffic(&self) -> Traffic {
+        Traffic {
+            tensors: self.tensors,
+            read: self.read,
+            written: self.written,
+        }
+    }
+}
+
+impl std::fmt::Display for Plan {
+    /// One line per launch, then the bytes.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Problem {
+            operation,
+            shape,
+            dtype,
+            epilogue,
+            ..
+        } = self.problem;
+        writeln!(f, "{operation} {shape} {dtype}, epilogue {epilogue}, on {}", self.device)?;
+        for launch in &self.kernels {
+            let Tiling {
+                strips,
+                splits,
+                strip_channels,
+                ..
+            } = launch.tiling;
+            writeln!(
+                f,
+                "  {}\n    grid {} x block {}, {} bytes of shared memory; {strips} strips of {strip_channels} channels x \
+                 {splits} splits; {} bytes read, {} written",
+                launch.instantiation,
+                launch.grid,
+                launch.block(),
+                launch.shared_bytes,
+                launch.traffic.read,
+                launch.traffic.written,
+            )?;
+        }
+        write!(
+            f,
+            "  {} bytes in all; tensors cross memory {:.2} times the minimum of {} bytes",
+            self.traffic().bytes(),
+            self.traffic_ratio(),
+            self.minimum_bytes()
+        )
+    }
+}
