@@ -1,4 +1,28 @@
-//! The CPU backend: parallel over channels and chunks, vectorised by the compiler.
+//! The CPU backend: parallel over channels and parts of the batch, vectorised, and bit for bit the same on any number of
+//! threads.
+//!
+//! [`forward`] and [`gradients`] translate what the module asks for into a [`schedule::Pass`]: reduce, finish, apply.
+//! [`geometry`] cuts the tensors into tasks, [`schedule`] runs them. The work of one task is a [`simd::Kernel`], compiled
+//! for several instruction sets: [`statistics`] and [`apply`] forward, [`backward`] backward, written with
+//! [`reduce`] (sums), [`elementwise`] (one visit to each element) and [`coefficients`] (what a channel is computed with).
+
+mod apply;
+mod backward;
+mod coefficients;
+mod elementwise;
+mod forward;
+mod geometry;
+mod gradients;
+mod memory;
+mod reduce;
+mod schedule;
+mod simd;
+mod statistics;
+#[cfg(test)]
+mod tests;
+mod workspace;
+
+pub use workspace::Workspace;
 
 use crate::backend::{AsTensor, AsTensorMut, Backend, BackwardPass, ForwardPass};
 use crate::element::{Element, Plain};
@@ -6,6 +30,8 @@ use crate::epilogue::Epilogue;
 use crate::error::Result;
 use crate::sealed::Sealed;
 use crate::shape::Shape;
+
+use simd::Simd;
 
 /// The CPU as a device: buffers are vectors, slices or arrays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,7 +84,7 @@ impl Backend for Cpu {
     type Buffer<T: Plain> = Vec<T>;
     type View<'a, T: Plain> = &'a [T];
     type ViewMut<'a, T: Plain> = &'a mut [T];
-    type Workspace<T: Element> = ();
+    type Workspace<T: Element> = Workspace<T>;
 
     fn zeros<T: Plain>(&self, len: usize) -> Result<Vec<T>> {
         Ok(vec![T::default(); len])
@@ -101,19 +127,27 @@ impl Backend for Cpu {
         true
     }
 
-    fn prepare<T: Element>(&self, _shape: Shape, _epilogue: Epilogue) -> Result<()> {
-        Ok(())
+    fn prepare<T: Element>(&self, shape: Shape, _epilogue: Epilogue) -> Result<Workspace<T>> {
+        Ok(Workspace::new(shape))
     }
 
     fn prepare_evaluation<T: Element>(&self, _shape: Shape, _epilogue: Epilogue) -> Result<()> {
         Ok(())
     }
 
-    fn forward<T: Element>(&self, _pass: ForwardPass<'_, '_, Self, T>) -> Result<()> {
-        todo!()
+    fn forward<T: Element>(&self, pass: ForwardPass<'_, '_, Self, T>) -> Result<()> {
+        forward::forward(Simd::detect(), pass);
+        Ok(())
     }
 
-    fn backward<T: Element>(&self, _pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
-        todo!()
+    fn backward<T: Element>(&self, pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
+        gradients::backward(Simd::detect(), pass);
+        Ok(())
     }
+}
+
+/// Whether results of this shape are written past the caches: where they would not stay there until they are read.
+fn streams<T: Element>(shape: &Shape) -> bool {
+    const CACHED: usize = 4 << 20;
+    shape.batch * shape.channels * shape.height * shape.width * size_of::<T>() > CACHED
 }

@@ -1,0 +1,172 @@
+//! The forward pass's elements: normalise, scale, shift, epilogue.
+
+use super::coefficients::{Coefficients, NORMALISATION, Normalisation, SCALE, SHIFT};
+use super::elementwise::{Visitor, centred, visit, write};
+use super::geometry::{Geometry, Task};
+use super::memory::{Sink, Source};
+use super::reduce::Block;
+use super::simd::{Kernel, Lanes, Level, lanes};
+use crate::element::{Element, Real};
+
+/// `y = epilogue(fma((x - K) - d, invstd · weight, bias))` for the elements of one task.
+pub(super) struct Apply<'a, T: Element, E> {
+    pub(super) geometry: &'a Geometry,
+    pub(super) task: &'a Task,
+    pub(super) normalisation: Normalisation<'a, T::Param>,
+    pub(super) elements: Elements<'a, T, E>,
+}
+
+/// The tensors of a forward pass.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Elements<'a, T: Element, E> {
+    pub(super) x: Source<'a, T>,
+    pub(super) y: Sink<'a, T>,
+    pub(super) epilogue: E,
+    /// Whether y is written past the caches.
+    pub(super) streamed: bool,
+}
+
+/// What is done to the normalised values before they are rounded.
+pub(super) trait Epilogue<T: Element>: Copy + Send + Sync {
+    /// Does it.
+    ///
+    /// # Safety
+    /// The block is inside the tensors, and no thread writes to what is read.
+    unsafe fn finish<S: Level>(
+        self,
+        level: S,
+        block: Block,
+        value: Lanes<T::Param>,
+    ) -> Lanes<T::Param>;
+}
+
+/// Nothing.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Identity;
+
+/// relu.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Relu;
+
+/// relu of the sum with z.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AddRelu<'a, T> {
+    pub(super) z: Source<'a, T>,
+}
+
+impl<T: Element> Epilogue<T> for Identity {
+    #[inline(always)]
+    unsafe fn finish<S: Level>(
+        self,
+        _level: S,
+        _block: Block,
+        value: Lanes<T::Param>,
+    ) -> Lanes<T::Param> {
+        value
+    }
+}
+
+impl<T: Element> Epilogue<T> for Relu {
+    #[inline(always)]
+    unsafe fn finish<S: Level>(
+        self,
+        _level: S,
+        _block: Block,
+        value: Lanes<T::Param>,
+    ) -> Lanes<T::Param> {
+        relu(&value)
+    }
+}
+
+impl<T: Element> Epilogue<T> for AddRelu<'_, T> {
+    #[inline(always)]
+    unsafe fn finish<S: Level>(
+        self,
+        level: S,
+        block: Block,
+        value: Lanes<T::Param>,
+    ) -> Lanes<T::Param> {
+        // SAFETY: the caller's promise.
+        let z = unsafe { self.z.load(level, block.at, block.count) };
+        relu(&lanes(|i| value[i] + z[i]))
+    }
+}
+
+/// 0 for what is not above it, but NaN for NaN: a maximum would drop it.
+#[inline(always)]
+pub(super) fn relu<P: Real>(values: &Lanes<P>) -> Lanes<P> {
+    lanes(|i| {
+        if values[i] <= P::ZERO {
+            P::ZERO
+        } else {
+            values[i]
+        }
+    })
+}
+
+/// `fma((x - K) - d, invstd · weight, bias)`.
+#[inline(always)]
+pub(super) fn normalised<P: Real>(
+    centred: &Lanes<P>,
+    coefficients: &impl Coefficients<P>,
+    position: usize,
+) -> Lanes<P> {
+    let scale = coefficients.at(SCALE, position);
+    let shift = coefficients.at(SHIFT, position);
+    lanes(|i| centred[i].mul_add(scale[i], shift[i]))
+}
+
+impl<T: Element, E: Epilogue<T>> Kernel for Apply<'_, T, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Level>(self, level: S) {
+        let visitor = ApplyBlock {
+            level,
+            elements: self.elements,
+        };
+        let aligned = self.elements.streamed.then_some(self.elements.y);
+        // SAFETY: what the channels are normalised by is complete before any of their elements is computed.
+        unsafe {
+            visit::<_, _, _, NORMALISATION>(
+                level,
+                self.geometry,
+                self.task,
+                &self.normalisation,
+                |_| {},
+                aligned,
+                visitor,
+            );
+        }
+        level.fence();
+    }
+}
+
+struct ApplyBlock<'a, S, T: Element, E> {
+    level: S,
+    elements: Elements<'a, T, E>,
+}
+
+impl<S: Level, T: Element, E: Epilogue<T>> Visitor<T::Param> for ApplyBlock<'_, S, T, E> {
+    #[inline(always)]
+    fn visit(&mut self, block: Block, coefficients: &impl Coefficients<T::Param>) {
+        let Elements {
+            x,
+            y,
+            epilogue,
+            streamed,
+        } = self.elements;
+        // SAFETY: the geometry's blocks are inside tensors of its shape, and no other task has this block. In place, it is
+        // read before it is written.
+        unsafe {
+            let x = x.load(self.level, block.at, block.count);
+            let value = normalised(
+                &centred(&x, coefficients, block.position),
+                coefficients,
+                block.position,
+            );
+            let value = epilogue.finish(self.level, block, value);
+            write(self.level, y, block, &value, streamed);
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! The backward pass: sums per channel, then the gradients at x and z.
+
+use std::ops::Range;
+
+use super::apply::normalised;
+use super::coefficients::{Coefficients, NORMALISATION, Normalisation, SCALE, Table};
+use super::elementwise::{Visitor, centred, visit, write};
+use super::geometry::{Geometry, Task};
+use super::memory::{Sink, Source};
+use super::reduce::{Block, interleaved_sums, pairwise, planar_sums};
+use super::simd::{Kernel, Lanes, Level, blocks, lanes, narrow, splat, widen};
+use super::workspace::Partials;
+use crate::element::{Element, Real};
+
+/// Index of what is subtracted from all gradients of a channel: Σ g / n.
+const GRADIENT_MEAN: usize = NORMALISATION;
+/// Index of what is subtracted per unit of x - mean: invstd · dweight / n.
+const GRADIENT_SLOPE: usize = NORMALISATION + 1;
+/// How many coefficients the gradient at x has.
+const COEFFICIENTS: usize = NORMALISATION + 2;
+
+/// Where the epilogue lets the gradient through.
+pub(super) trait Mask<T: Element>: Copy + Send + Sync {
+    /// The gradient `dy` of a block behind the mask, `x` being (x - K) - d.
+    ///
+    /// # Safety
+    /// The block is inside the tensors, and no thread writes to what is read.
+    unsafe fn pass<S: Level>(
+        self,
+        level: S,
+        block: Block,
+        dy: &Lanes<T::Param>,
+        x: &Lanes<T::Param>,
+        coefficients: &impl Coefficients<T::Param>,
+    ) -> Lanes<T::Param>;
+}
+
+/// Everywhere.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Everywhere;
+
+/// Where y, computed again from x, is not <= 0.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Recomputed;
+
+/// Where y, read, is not <= 0.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stored<'a, T> {
+    pub(super) y: Source<'a, T>,
+}
+
+impl<T: Element> Mask<T> for Everywhere {
+    #[inline(always)]
+    unsafe fn pass<S: Level>(
+        self,
+        _level: S,
+        _block: Block,
+        dy: &Lanes<T::Param>,
+        _x: &Lanes<T::Param>,
+        _coefficients: &impl Coefficients<T::Param>,
+    ) -> Lanes<T::Param> {
+        *dy
+    }
+}
+
+impl<T: Element> Mask<T> for Recomputed {
+    #[inline(always)]
+    unsafe fn pass<S: Level>(
+        self,
+        level: S,
+        block: Block,
+        dy: &Lanes<T::Param>,
+        x: &Lanes<T::Param>,
+        coefficients: &impl Coefficients<T::Param>,
+    ) -> Lanes<T::Param> {
+        // As it was stored: rounding can make a 0 of a positive value.
+        let stored: [T; _] = narrow(level, &normalised(x, coefficients, block.position));
+        masked(dy, &widen(level, &stored))
+    }
+}
+
+impl<T: Element> Mask<T> for Stored<'_, T> {
+    #[inline(always)]
+    unsafe fn pass<S: Level>(
+        self,
+        level: S,
+        block: Block,
+        dy: &Lanes<T::Param>,
+        _x: &Lanes<T::Param>,
+        _coefficients: &impl Coefficients<T::Param>,
+    ) -> Lanes<T::Param> {
+        // SAFETY: the caller's promise.
+        masked(dy, &unsafe { self.y.load(level, block.at, block.count) })
+    }
+}
+
+/// dy where y is not <= 0: a NaN lets it pass.
+#[inline(always)]
+fn masked<P: Real>(dy: &Lanes<P>, y: &Lanes<P>) -> Lanes<P> {
+    lanes(|i| if y[i] <= P::ZERO { P::ZERO } else { dy[i] })
+}
+
+/// Σ g and Σ g · ((x - K) - d) in one task, into `partials`; g is dy behind the mask.
+pub(super) struct TaskSums<'a, T: Element, E> {
+    pub(super) geometry: &'a Geometry,
+    pub(super) task: &'a Task,
+    pub(super) normalisation: Normalisation<'a, T::Param>,
+    pub(super) x: Source<'a, T>,
+    pub(super) dy: Source<'a, T>,
+    pub(super) mask: E,
+    pub(super) partials: Partials<'a, T::Param>,
+}
+
+impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Level>(self, level: S) {
+        let Task { channels, part } = self.task;
+        let mut table = Table::<T::Param, NORMALISATION>::new();
+        // SAFETY: nothing writes statistics in a backward pass.
+        unsafe { self.normalisation.fill(level, channels, &mut table) };
+        match self.geometry {
+            Geometry::Planar(planar) => {
+                let coefficients = table.uniform(0);
+                let mut total = [T::Param::ZERO; 2];
+                for chunk in planar.part(*part) {
+                    let sums = planar_sums::<_, 2, 2>(planar, channels.start, chunk, |block| {
+                        self.terms(level, block, &coefficients)
+                    });
+                    total = [total[0] + sums[0], total[1] + sums[1]];
+                }
+                // SAFETY: no other task has this channel and part.
+                unsafe {
+                    self.partials
+                        .store(level, *part, channels.start, 1, &total.map(splat))
+                };
+            }
+            Geometry::Interleaved(interleaved) => {
+                table.repeat(channels.len(), interleaved.repeats());
+                let mut total = Table::<T::Param, 2>::new();
+                let mut sums = Table::<T::Param, 2>::new();
+                interleaved.chunks(*part, |pixels| {
+                    interleaved_sums(interleaved, channels, &pixels, &mut sums, |block| {
+                        self.terms(level, block, &table)
+                    });
+                    blocks(channels.len(), |at, _| {
+                        total.add(0, at, &sums.at(0, at));
+                        total.add(1, at, &sums.at(1, at));
+                    });
+                });
+                blocks(channels.len(), |at, count| {
+                    let total = [total.at(0, at), total.at(1, at)];
+                    // SAFETY: no other task has these channels and this part.
+                    unsafe {
+                        self.partials
+                            .store(level, *part, channels.start + at, count, &total)
+                    };
+                });
+            }
+        }
+    }
+}
+
+impl<T: Element, E: Mask<T>> TaskSums<'_, T, E> {
+    #[inline(always)]
+    fn terms<S: Level>(
+        &self,
+        level: S,
+        block: Block,
+        coefficients: &impl Coefficients<T::Param>,
+    ) -> [Lanes<T::Param>; 2] {
+        // SAFETY: the geometry's blocks are inside tensors of its shape. No other task has this block, so that none writes
+        // there, in place or not.
+        unsafe {
+            let x = self.x.load(level, block.at, block.count);
+            let dy = self.dy.load(level, block.at, block.count);
+            let x = centred(&x, coefficients, block.position);
+            let gradient = self.mask.pass(level, block, &dy, &x, coefficients);
+            [gradient, lanes(|i| gradient[i] * x[i])]
+        }
+    }
+}
+
+/// What becomes of the sums: the gradients at weight and bias, and what the gradient at x needs of them.
+pub(super) struct FinishSums<'a, T: Element> {
+    pub(super) geometry: &'a Geometry,
+    pub(super) channels: Range<usize>,
+    pub(super) normalisation: Normalisation<'a, T::Param>,
+    pub(super) partials: Partials<'a, T::Param>,
+    pub(super) gradient: Partials<'a, T::Param>,
+    pub(super) parameters: Option<Parameters<'a, T::Param>>,
+}
+
+/// Where the gradients at weight and bias go.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Parameters<'a, P> {
+    pub(super) weight: Sink<'a, P>,
+    pub(super) bias: Sink<'a, P>,
+    pub(super) accumulate: bool,
+}
+
+impl<T: Element> Kernel for FinishSums<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Level>(self, level: S) {
+        let values = T::Param::from_f64(self.geometry.values() as f64);
+        blocks(self.channels.len(), |at, count| {
+            let channel = self.channels.start + at;
+            let [bias, products] = pairwise(
+                self.geometry.parts(),
+                // SAFETY: all parts of these channels have been computed, and nothing writes them any more.
+                |part| unsafe { self.partials.load(level, part, channel, count) },
+                |first, second| [0, 1].map(|sum| lanes(|i| first[sum][i] + second[sum][i])),
+            );
+            // SAFETY: nothing writes statistics in a backward pass.
+            let [_, _, invstd] = unsafe { self.normalisation.statistics(level, channel, count) };
+            let weight = lanes(|i| products[i] * invstd[i]);
+            let gradient = [
+                lanes(|i| bias[i] / values),
+                lanes(|i| invstd[i] * weight[i] / values),
+            ];
+            // SAFETY: no other task has these channels.
+            unsafe {
+                self.gradient.store(level, 0, channel, count, &gradient);
+                if let Some(parameters) = self.parameters {
+                    parameters.put(level, parameters.weight, channel, count, &weight);
+                    parameters.put(level, parameters.bias, channel, count, &bias);
+                }
+            }
+        });
+    }
+}
+
+impl<P: Real> Parameters<'_, P> {
+    /// Writes or adds the gradients of `count` channels from `channel` on.
+    ///
+    /// # Safety
+    /// The channels exist, and no other thread accesses their gradients meanwhile.
+    #[inline(always)]
+    unsafe fn put<S: Level>(
+        &self,
+        level: S,
+        to: Sink<'_, P>,
+        channel: usize,
+        count: usize,
+        values: &Lanes<P>,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.accumulate {
+                let before = to.source().load(level, channel, count);
+                to.store(level, channel, count, &lanes(|i| before[i] + values[i]));
+            } else {
+                to.store(level, channel, count, values);
+            }
+        }
+    }
+}
+
+/// `dx = weight · invstd · (g - (Σ g + x̂ · dweight) / n)` and `dz = g` for the elements of one task; g is dy behind the
+/// mask. In evaluation, where the statistics are constants, `dx = weight · invstd · g`.
+pub(super) struct ApplyGradient<'a, T: Element, E> {
+    pub(super) geometry: &'a Geometry,
+    pub(super) task: &'a Task,
+    pub(super) normalisation: Normalisation<'a, T::Param>,
+    /// Σ g / n and invstd · dweight / n per channel, in training.
+    pub(super) gradient: Option<Partials<'a, T::Param>>,
+    pub(super) elements: GradientElements<'a, T, E>,
+}
+
+/// The tensors of a backward pass.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GradientElements<'a, T: Element, E> {
+    pub(super) x: Source<'a, T>,
+    pub(super) dy: Source<'a, T>,
+    pub(super) mask: E,
+    pub(super) dx: Option<Sink<'a, T>>,
+    pub(super) dz: Option<Sink<'a, T>>,
+    /// Whether dx and dz are written past the caches.
+    pub(super) streamed: bool,
+}
+
+impl<T: Element, E: Mask<T>> Kernel for ApplyGradient<'_, T, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Level>(self, level: S) {
+        match self.gradient {
+            Some(gradient) => self.visit::<S, true>(level, |table| {
+                let channels = &self.task.channels;
+                blocks(channels.len(), |at, count| {
+                    // SAFETY: the numbers of these channels are complete before any of their elements is computed.
+                    let [mean, slope] =
+                        unsafe { gradient.load(level, 0, channels.start + at, count) };
+                    table.set(GRADIENT_MEAN, at, &mean);
+                    table.set(GRADIENT_SLOPE, at, &slope);
+                });
+            }),
+            None => self.visit::<S, false>(level, |_| {}),
+        }
+        level.fence();
+    }
+}
+
+impl<T: Element, E: Mask<T>> ApplyGradient<'_, T, E> {
+    #[inline(always)]
+    fn visit<S: Level, const TRAINING: bool>(
+        &self,
+        level: S,
+        extend: impl Fn(&mut Table<T::Param, COEFFICIENTS>),
+    ) {
+        let elements = self.elements;
+        let aligned = if elements.streamed {
+            elements.dx.or(elements.dz)
+        } else {
+            None
+        };
+        let visitor = GradientBlock::<_, _, _, TRAINING> { level, elements };
+        // SAFETY: nothing writes statistics in a backward pass.
+        unsafe {
+            visit(
+                level,
+                self.geometry,
+                self.task,
+                &self.normalisation,
+                extend,
+                aligned,
+                visitor,
+            );
+        }
+    }
+}
+
+struct GradientBlock<'a, S, T: Element, E, const TRAINING: bool> {
+    level: S,
+    elements: GradientElements<'a, T, E>,
+}
+
+impl<S: Level, T: Element, E: Mask<T>, const TRAINING: bool> Visitor<T::Param>
+    for GradientBlock<'_, S, T, E, TRAINING>
+{
+    #[inline(always)]
+    fn visit(&mut self, block: Block, coefficients: &impl Coefficients<T::Param>) {
+        let Self { level, elements } = *self;
+        // SAFETY: the geometry's blocks are inside tensors of its shape, and no other task has this block. In place, it is
+        // read before it is written.
+        unsafe {
+            let x = elements.x.load(level, block.at, block.count);
+            let dy = elements.dy.load(level, block.at, block.count);
+            let x = centred(&x, coefficients, block.position);
+            let gradient = elements.mask.pass(level, block, &dy, &x, coefficients);
+            if let Some(dx) = elements.dx {
+                let scale = coefficients.at(SCALE, block.position);
+                let value = if TRAINING {
+                    let mean = coefficients.at(GRADIENT_MEAN, block.position);
+                    let slope = coefficients.at(GRADIENT_SLOPE, block.position);
+                    lanes(|i| scale[i] * (-x[i]).mul_add(slope[i], gradient[i] - mean[i]))
+                } else {
+                    lanes(|i| scale[i] * gradient[i])
+                };
+                write(level, dx, block, &value, elements.streamed);
+            }
+            if let Some(dz) = elements.dz {
+                write(level, dz, block, &gradient, elements.streamed);
+            }
+        }
+    }
+}

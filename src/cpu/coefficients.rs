@@ -1,0 +1,233 @@
+//! What a channel's values are computed with, where vectors find it: the same for all lanes in NCHW, by position in a run
+//! in NHWC.
+
+use std::ops::Range;
+
+use super::geometry::STRIP;
+use super::memory::Source;
+use super::simd::{LANES, Lanes, Level, blocks, lanes, splat};
+use crate::element::Real;
+
+/// Index of K, the pivot: the channel's first element, or the running mean.
+pub(super) const PIVOT: usize = 0;
+/// Index of d, the mean of x - K.
+pub(super) const OFFSET: usize = 1;
+/// Index of invstd · weight.
+pub(super) const SCALE: usize = 2;
+/// Index of the bias.
+pub(super) const SHIFT: usize = 3;
+/// How many coefficients normalisation has.
+pub(super) const NORMALISATION: usize = 4;
+
+/// Coefficients of the values of a block.
+pub(super) trait Coefficients<P: Real> {
+    /// The coefficient `index` of the values from `position` in the run on.
+    fn at(&self, index: usize, position: usize) -> Lanes<P>;
+}
+
+/// One channel: every position has the same.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Uniform<P, const M: usize>(pub(super) [P; M]);
+
+impl<P: Real, const M: usize> Coefficients<P> for Uniform<P, M> {
+    #[inline(always)]
+    fn at(&self, index: usize, _position: usize) -> Lanes<P> {
+        splat(self.0[index])
+    }
+}
+
+/// A strip of channels, repeated as often as a run has pixels.
+#[derive(Clone, Debug)]
+pub(super) struct Table<P, const M: usize>([[P; TABLE]; M]);
+
+/// A run, and room for the whole of the last vector.
+const TABLE: usize = STRIP + LANES;
+
+impl<P: Real, const M: usize> Table<P, M> {
+    /// All zero.
+    #[inline(always)]
+    pub(super) fn new() -> Self {
+        Self([[P::ZERO; TABLE]; M])
+    }
+
+    /// Sets a coefficient of the positions from `position` on.
+    #[inline(always)]
+    pub(super) fn set(&mut self, index: usize, position: usize, values: &Lanes<P>) {
+        self.0[index][position..position + LANES].copy_from_slice(values);
+    }
+
+    /// Adds to a coefficient of the positions from `position` on.
+    #[inline(always)]
+    pub(super) fn add(&mut self, index: usize, position: usize, values: &Lanes<P>) {
+        for (sum, &value) in self.0[index][position..position + LANES]
+            .iter_mut()
+            .zip(values)
+        {
+            *sum = *sum + value;
+        }
+    }
+
+    /// Copies the first `channels` positions over the following ones, so that they are there `repeats` times.
+    #[inline(always)]
+    pub(super) fn repeat(&mut self, channels: usize, repeats: usize) {
+        for row in &mut self.0 {
+            for repeat in 1..repeats {
+                row.copy_within(..channels, repeat * channels);
+            }
+        }
+    }
+
+    /// Adds the repetitions of the first `channels` positions to these.
+    #[inline(always)]
+    pub(super) fn fold(&mut self, channels: usize, repeats: usize) {
+        for row in &mut self.0 {
+            let (sums, repetitions) = row.split_at_mut(channels);
+            for repetition in repetitions.chunks_exact(channels).take(repeats - 1) {
+                for (sum, &value) in sums.iter_mut().zip(repetition) {
+                    *sum = *sum + value;
+                }
+            }
+        }
+    }
+
+    /// The coefficients of one position.
+    #[inline(always)]
+    pub(super) fn uniform(&self, position: usize) -> Uniform<P, M> {
+        Uniform(std::array::from_fn(|index| self.0[index][position]))
+    }
+}
+
+impl<P: Real, const M: usize> Coefficients<P> for Table<P, M> {
+    #[inline(always)]
+    fn at(&self, index: usize, position: usize) -> Lanes<P> {
+        let row = &self.0[index][position..position + LANES];
+        lanes(|i| row[i])
+    }
+}
+
+/// What tensors are normalised by.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Normalisation<'a, P> {
+    /// Mean and deviation.
+    pub(super) statistics: Statistics<'a, P>,
+    /// Scale per channel; 1 if absent.
+    pub(super) weight: Option<&'a [P]>,
+    /// Shift per channel; 0 if absent.
+    pub(super) bias: Option<&'a [P]>,
+}
+
+/// Mean and deviation per channel.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Statistics<'a, P> {
+    /// Given.
+    Running {
+        /// Mean per channel.
+        mean: &'a [P],
+        /// Variance per channel.
+        variance: &'a [P],
+        /// Added to the variance.
+        eps: P,
+    },
+    /// Of the batch.
+    Batch {
+        /// K per channel.
+        pivot: Source<'a, P>,
+        /// d per channel.
+        offset: Source<'a, P>,
+        /// 1 / sqrt(variance + eps) per channel.
+        invstd: Source<'a, P>,
+    },
+}
+
+/// `1 / sqrt(variance + eps)`, each operation rounded once.
+#[inline(always)]
+pub(super) fn invstd<P: Real>(variance: P, eps: P) -> P {
+    P::ONE / (variance + eps).sqrt()
+}
+
+impl<P: Real> Normalisation<'_, P> {
+    /// K, d and 1 / sqrt(variance + eps) of `count` channels from `channel` on.
+    ///
+    /// # Safety
+    /// The channels exist, and no thread writes their statistics meanwhile.
+    #[inline(always)]
+    pub(super) unsafe fn statistics<S: Level>(
+        &self,
+        level: S,
+        channel: usize,
+        count: usize,
+    ) -> [Lanes<P>; 3] {
+        // SAFETY: the caller's promise.
+        let load = |source: Source<'_, P>| unsafe { source.load(level, channel, count) };
+        match self.statistics {
+            Statistics::Running {
+                mean,
+                variance,
+                eps,
+            } => {
+                let variance = load(variance.into());
+                [
+                    load(mean.into()),
+                    splat(P::ZERO),
+                    lanes(|i| invstd(variance[i], eps)),
+                ]
+            }
+            Statistics::Batch {
+                pivot,
+                offset,
+                invstd,
+            } => [load(pivot), load(offset), load(invstd)],
+        }
+    }
+
+    /// The weights of `count` channels from `channel` on.
+    #[inline(always)]
+    pub(super) fn weight<S: Level>(&self, level: S, channel: usize, count: usize) -> Lanes<P> {
+        load_or(level, self.weight, P::ONE, channel, count)
+    }
+
+    /// Writes the coefficients of `channels` to the first positions of `table`.
+    ///
+    /// # Safety
+    /// As [`Normalisation::statistics`].
+    #[inline(always)]
+    pub(super) unsafe fn fill<S: Level, const M: usize>(
+        &self,
+        level: S,
+        channels: &Range<usize>,
+        table: &mut Table<P, M>,
+    ) {
+        blocks(channels.len(), |at, count| {
+            let channel = channels.start + at;
+            // SAFETY: the caller's promise.
+            let [pivot, offset, invstd] = unsafe { self.statistics(level, channel, count) };
+            let weight = self.weight(level, channel, count);
+            table.set(PIVOT, at, &pivot);
+            table.set(OFFSET, at, &offset);
+            table.set(SCALE, at, &lanes(|i| invstd[i] * weight[i]));
+            table.set(
+                SHIFT,
+                at,
+                &load_or(level, self.bias, P::ZERO, channel, count),
+            );
+        });
+    }
+}
+
+/// Values of `count` channels from `channel` on, or `absent` for all.
+#[inline(always)]
+fn load_or<S: Level, P: Real>(
+    level: S,
+    values: Option<&[P]>,
+    absent: P,
+    channel: usize,
+    count: usize,
+) -> Lanes<P> {
+    match values {
+        // SAFETY: a slice cannot be written meanwhile, and this part of it exists.
+        Some(values) => unsafe {
+            Source::from(&values[channel..channel + count]).load(level, 0, count)
+        },
+        None => splat(absent),
+    }
+}

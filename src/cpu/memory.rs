@@ -1,0 +1,146 @@
+//! Tensors as several tasks see them at once: each reads and writes its own part.
+//!
+//! A channel of an NCHW tensor is scattered over the images, so the parts are no slices that could be split off. And in
+//! the in-place forms what is read lies under what is written. So tasks hold addresses; that no two tasks touch the same
+//! element is the promise of the [geometry](super::geometry), and lengths have been checked by the module.
+
+use std::marker::PhantomData;
+
+use super::simd::{LANES, Lanes, Level, narrow, stream_alignment, widen};
+use crate::element::Element;
+
+/// What is read. May lie under a [`Sink`] (in-place forms).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Source<'a, T> {
+    start: *const T,
+    len: usize,
+    borrowed: PhantomData<&'a [T]>,
+}
+
+/// What is written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sink<'a, T> {
+    start: *mut T,
+    len: usize,
+    borrowed: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: stands for a `&[T]`, or for reads of a `&mut [T]` that the unsafe methods' callers keep apart from writes.
+unsafe impl<T: Sync> Send for Source<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Source<'_, T> {}
+// SAFETY: stands for a `&mut [T]` whose elements are handed out to threads by the unsafe methods' callers, each to one.
+unsafe impl<T: Send> Send for Sink<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Sink<'_, T> {}
+
+impl<'a, T> From<&'a [T]> for Source<'a, T> {
+    fn from(slice: &'a [T]) -> Self {
+        Self {
+            start: slice.as_ptr(),
+            len: slice.len(),
+            borrowed: PhantomData,
+        }
+    }
+}
+
+impl<'a, T> From<&'a mut [T]> for Sink<'a, T> {
+    fn from(slice: &'a mut [T]) -> Self {
+        Self {
+            start: slice.as_mut_ptr(),
+            len: slice.len(),
+            borrowed: PhantomData,
+        }
+    }
+}
+
+impl<'a, T: Element> Source<'a, T> {
+    /// The first `count` of the lanes come from the elements from `at` on, the others are zero. `count` is at most
+    /// [`LANES`].
+    ///
+    /// # Safety
+    /// The elements are inside, and no thread writes them meanwhile.
+    #[inline(always)]
+    pub(super) unsafe fn load<S: Level>(
+        self,
+        level: S,
+        at: usize,
+        count: usize,
+    ) -> Lanes<T::Param> {
+        debug_assert!(count <= LANES && at + count <= self.len);
+        if count == LANES {
+            // SAFETY: the block is inside; an array of T is aligned as T.
+            let block = unsafe { self.start.add(at).cast::<[T; LANES]>().read() };
+            widen(level, &block)
+        } else {
+            let mut block = [T::default(); LANES];
+            // SAFETY: `count` elements are inside, and fewer than the block's.
+            unsafe { std::ptr::copy_nonoverlapping(self.start.add(at), block.as_mut_ptr(), count) };
+            widen(level, &block)
+        }
+    }
+
+    /// One element.
+    ///
+    /// # Safety
+    /// As [`Source::load`].
+    #[inline(always)]
+    pub(super) unsafe fn get(self, at: usize) -> T::Param {
+        debug_assert!(at < self.len);
+        // SAFETY: the element is inside.
+        unsafe { self.start.add(at).read() }.to_param()
+    }
+}
+
+impl<'a, T: Element> Sink<'a, T> {
+    /// For reading what lies there: in-place forms, and results of one phase that the next one needs.
+    pub(super) fn source(self) -> Source<'a, T> {
+        Source {
+            start: self.start,
+            len: self.len,
+            borrowed: PhantomData,
+        }
+    }
+
+    /// How many elements from `at` on until one may be streamed to.
+    #[inline(always)]
+    pub(super) fn until_aligned(self, at: usize) -> usize {
+        let address = self.start.wrapping_add(at).addr();
+        (address.wrapping_neg() % stream_alignment::<T>()) / size_of::<T>()
+    }
+
+    /// Rounds the first `count` lanes and writes them to the elements from `at` on.
+    ///
+    /// # Safety
+    /// The elements are inside, and no other thread accesses them meanwhile.
+    #[inline(always)]
+    pub(super) unsafe fn store<S: Level>(
+        self,
+        level: S,
+        at: usize,
+        count: usize,
+        lanes: &Lanes<T::Param>,
+    ) {
+        debug_assert!(count <= LANES && at + count <= self.len);
+        let block: [T; LANES] = narrow(level, lanes);
+        if count == LANES {
+            // SAFETY: the block is inside; an array of T is aligned as T.
+            unsafe { self.start.add(at).cast::<[T; LANES]>().write(block) };
+        } else {
+            // SAFETY: `count` elements are inside, and fewer than the block's.
+            unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), self.start.add(at), count) };
+        }
+    }
+
+    /// As [`Sink::store`] of all lanes, past the caches; [`Level::fence`] must follow.
+    ///
+    /// # Safety
+    /// As [`Sink::store`], and [`Sink::until_aligned`] is 0 there.
+    #[inline(always)]
+    pub(super) unsafe fn stream<S: Level>(self, level: S, at: usize, lanes: &Lanes<T::Param>) {
+        debug_assert!(at + LANES <= self.len && self.until_aligned(at) == 0);
+        let block: [T; LANES] = narrow(level, lanes);
+        // SAFETY: the block is inside and aligned.
+        unsafe { level.stream(self.start.add(at), &block) };
+    }
+}

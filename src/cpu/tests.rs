@@ -1,0 +1,1 @@
+//! Tests of the CPU backend against a plain double-precision reference.
