@@ -101,13 +101,7 @@ impl<B: Backend, T: Element> Saved<B, T> {
 
     /// Refuses to serve a call it was not prepared for.
     fn check_prepared(&self, backend: &B, channels: usize, epilogue: Epilogue) -> Result<()> {
-        let mismatch = |what, expected: String, got: String| {
-            Err(Error::SavedMismatch {
-                what,
-                expected,
-                got,
-            })
-        };
+        let mismatch = |what, expected: String, got: String| Err(Error::SavedMismatch { what, expected, got });
         if !self.backend.same_device(backend) {
             return mismatch("device", format!("{:?}", self.backend), format!("{backend:?}"));
         }

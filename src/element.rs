@@ -7,16 +7,7 @@ use crate::sealed::Sealed;
 
 /// A number that a device buffer can hold: the [`Element`]s and `i64` (`num_batches_tracked`).
 pub trait Plain:
-    Sealed
-    + Copy
-    + Default
-    + PartialEq
-    + std::fmt::Debug
-    + Send
-    + Sync
-    + DeviceRepr
-    + ValidAsZeroBits
-    + 'static
+    Sealed + Copy + Default + PartialEq + std::fmt::Debug + Send + Sync + DeviceRepr + ValidAsZeroBits + 'static
 {
 }
 

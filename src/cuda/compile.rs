@@ -36,9 +36,7 @@ impl Target {
     pub(super) fn choose(architecture: u32, supported: &[u32]) -> Option<Self> {
         let older = supported.iter().copied().filter(|&known| known <= architecture);
         let same_major = older.clone().filter(|known| known / 10 == architecture / 10).max();
-        same_major
-            .map(Target::Cubin)
-            .or_else(|| older.max().map(Target::Ptx))
+        same_major.map(Target::Cubin).or_else(|| older.max().map(Target::Ptx))
     }
 
     fn option(self) -> String {
@@ -71,12 +69,13 @@ pub(super) fn compile(instantiation: &Instantiation, architecture: u32, cache: &
         .collect();
     let source = instantiation.kernel.source();
     let version = format!("NVRTC {major}.{minor}");
-    let key = Key::of([source.hash, &version].into_iter().chain(options.iter().map(String::as_str)));
+    let key = Key::of(
+        [source.hash, &version]
+            .into_iter()
+            .chain(options.iter().map(String::as_str)),
+    );
     if let Some(image) = cache.read(&key) {
-        return Ok(Compiled {
-            image,
-            from_disk: true,
-        });
+        return Ok(Compiled { image, from_disk: true });
     }
     let image = Program::new(source.text)?.compile(instantiation, architecture, target, &options)?;
     cache.write(&key, &image);
@@ -90,11 +89,20 @@ pub(super) fn compile(instantiation: &Instantiation, architecture: u32, cache: &
 fn supported_architectures() -> Result<Vec<u32>> {
     let mut count = 0;
     // SAFETY: the pointer is valid for a write; NVRTC is there, or its version could not have been asked.
-    check("nvrtcGetNumSupportedArchs", unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) }.result())?;
+    check(
+        "nvrtcGetNumSupportedArchs",
+        unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) }.result(),
+    )?;
     let mut architectures = vec![0; count as usize];
     // SAFETY: NVRTC writes as many numbers as it said there are.
-    check("nvrtcGetSupportedArchs", unsafe { sys::nvrtcGetSupportedArchs(architectures.as_mut_ptr()) }.result())?;
-    Ok(architectures.into_iter().map(|architecture| architecture as u32).collect())
+    check(
+        "nvrtcGetSupportedArchs",
+        unsafe { sys::nvrtcGetSupportedArchs(architectures.as_mut_ptr()) }.result(),
+    )?;
+    Ok(architectures
+        .into_iter()
+        .map(|architecture| architecture as u32)
+        .collect())
 }
 
 fn check<T>(call: &'static str, result: std::result::Result<T, nvrtc::NvrtcError>) -> Result<T> {

@@ -27,7 +27,10 @@ const OUT_OF_MEMORY: u32 = 2;
 pub(super) fn driver_error(call: &'static str, error: DriverError) -> Error {
     let code = error.0 as u32;
     let text = |part: Result<&std::ffi::CStr, DriverError>| {
-        part.map_or_else(|_| "unknown error".to_owned(), |text| text.to_string_lossy().into_owned())
+        part.map_or_else(
+            |_| "unknown error".to_owned(),
+            |text| text.to_string_lossy().into_owned(),
+        )
     };
     let message = format!("{}: {}", text(error.error_name()), text(error.error_string()));
     if LOST.contains(&code) {

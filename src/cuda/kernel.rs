@@ -105,14 +105,6 @@ pub struct Instantiation {
 }
 
 impl Instantiation {
-    /// Channels that one thread sees.
-    pub(super) const fn lanes(&self) -> u32 {
-        match self.walk {
-            Walk::Columns => self.vector,
-            Walk::Planes | Walk::PlanesWithEdges => 1,
-        }
-    }
-
     /// The compiler's options that make this instantiation of the source.
     pub fn definitions(&self) -> Vec<String> {
         let element = match self.dtype {

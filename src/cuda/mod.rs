@@ -23,7 +23,9 @@ mod workspace;
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr, DeviceSlice, ValidAsZeroBits};
+use cudarc::driver::{
+    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr, DeviceSlice, ValidAsZeroBits,
+};
 
 pub use self::compile::OPTIONS as COMPILE_OPTIONS;
 pub use self::device::CompileReport;

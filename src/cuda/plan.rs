@@ -19,8 +19,8 @@
 
 use super::kernel::{Instantiation, Kernel};
 use super::limits::DeviceLimits;
-pub use super::tiling::{Alignment, Tiling};
 use super::tiling::{self, Demand};
+pub use super::tiling::{Alignment, Tiling};
 use crate::element::Dtype;
 use crate::epilogue::Epilogue;
 use crate::error::{Error, Result};
@@ -367,7 +367,11 @@ impl Planner<'_> {
     fn apply(&self, batch_statistics: bool) -> KernelLaunch {
         let problem = self.problem;
         let residual = u64::from(problem.epilogue == Epilogue::AddRelu);
-        let tracking = if batch_statistics { problem.tracking } else { Tracking::None };
+        let tracking = if batch_statistics {
+            problem.tracking
+        } else {
+            Tracking::None
+        };
         self.launch(
             Kernel::Apply,
             problem.epilogue,
@@ -561,7 +565,11 @@ impl std::fmt::Display for Plan {
             epilogue,
             ..
         } = self.problem;
-        writeln!(f, "{operation} {shape} {dtype}, epilogue {epilogue}, on {}", self.device)?;
+        writeln!(
+            f,
+            "{operation} {shape} {dtype}, epilogue {epilogue}, on {}",
+            self.device
+        )?;
         for launch in &self.kernels {
             let Tiling {
                 strips,

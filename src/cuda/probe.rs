@@ -175,7 +175,9 @@ impl Driver {
         let driver = Driver { library };
         const NO_DEVICE: u32 = 100;
         // SAFETY: cuInit takes one unsigned int, which must be 0.
-        match driver.call("cuInit", |function: unsafe extern "C" fn(c_uint) -> c_uint| unsafe { function(0) }) {
+        match driver.call("cuInit", |function: unsafe extern "C" fn(c_uint) -> c_uint| unsafe {
+            function(0)
+        }) {
             Err(Unavailable::DriverFailed { code: NO_DEVICE, .. }) => Err(Unavailable::NoDevice),
             other => other.map(|()| driver),
         }

@@ -15,14 +15,19 @@ const WARP: u64 = 32;
 /// Planes of fewer vectors than this do not pay for reading their ends lane by lane.
 const SHORTEST_PLANE_WITH_EDGES: u64 = 8;
 
-/// A strip of columns is about this many vectors wide: 512 bytes of every row, so that a warp reads what lies together.
-const COLUMN_VECTORS: u64 = 32;
+/// A strip of columns is about this many vectors wide: 256 bytes of every row. Wider strips would have more of their
+/// per-channel numbers read per task, narrower ones would break up what lies together in memory.
+const COLUMN_VECTORS: u64 = 16;
 
 /// Vectors that a thread has under way at a time, per tensor that a kernel reads.
 const VECTORS_IN_FLIGHT: u64 = 4;
 
 /// Tasks per multiprocessor that keep memory busy until the last one ends.
 const TASKS_PER_MULTIPROCESSOR: u64 = 8;
+
+/// Vectors that every thread of a task takes of each tensor, at least: with fewer, what a task reads per channel would be
+/// no small part of its work.
+const VECTORS_PER_TASK: u64 = 8;
 
 /// Block sizes, preferred first.
 const BLOCK_SIZES: [u64; 4] = [256, 128, 64, 32];
@@ -62,7 +67,8 @@ impl Alignment {
     /// Every alignment that tensors of this element type can have.
     pub(super) fn all(dtype: Dtype) -> impl Iterator<Item = Self> {
         let size = dtype.size() as u64;
-        let grains = std::iter::successors(Some(size), |grain| Some(grain * 2)).take_while(|&grain| grain <= VECTOR_BYTES);
+        let grains =
+            std::iter::successors(Some(size), |grain| Some(grain * 2)).take_while(|&grain| grain <= VECTOR_BYTES);
         grains.flat_map(move |grain| {
             (0..grain)
                 .step_by(size as usize)
@@ -153,18 +159,25 @@ struct Cut {
 }
 
 /// Chooses walk, vector, block size and splits. The shape is not empty and has been checked for overflow.
-pub(super) fn choose(shape: Shape, dtype: Dtype, alignment: Alignment, limits: &DeviceLimits, demand: Demand) -> Launch {
+pub(super) fn choose(
+    shape: Shape,
+    dtype: Dtype,
+    alignment: Alignment,
+    limits: &DeviceLimits,
+    demand: Demand,
+) -> Launch {
     let unroll = (VECTORS_IN_FLIGHT / demand.tensors_read).max(1);
     let (cut, threads) = BLOCK_SIZES
         .into_iter()
         .map(|threads| (cut(shape, dtype, alignment, threads), threads))
         .find(|(cut, threads)| {
-            let fits = shared_bytes(cut, dtype, *threads, demand) <= SHARED_MEMORY.min(u64::from(limits.shared_memory_per_block));
+            let fits = shared_bytes(cut, dtype, *threads, demand)
+                <= SHARED_MEMORY.min(u64::from(limits.shared_memory_per_block));
             let filled = work_items(cut) > threads / 2 * unroll || *threads == WARP;
             fits && filled
         })
         .unwrap_or_else(|| (cut(shape, dtype, alignment, WARP), WARP));
-    let tiling = split(&cut, threads, unroll, limits);
+    let tiling = split(&cut, threads, limits);
     Launch {
         walk: cut.walk,
         vector: cut.vector as u32,
@@ -187,7 +200,15 @@ fn cut(shape: Shape, dtype: Dtype, alignment: Alignment, threads: u64) -> Cut {
     }
     let plain = planes(shape, alignment.aligned_vector(dtype));
     let edges = planes_with_edges(shape, alignment.common_vector(dtype));
-    let short = columns(shape.batch as u64, channels * plane, plane, channels, alignment, dtype, threads);
+    let short = columns(
+        shape.batch as u64,
+        channels * plane,
+        plane,
+        channels,
+        alignment,
+        dtype,
+        threads,
+    );
     if plain.vector >= edges.vector.max(short.vector) {
         plain
     } else if short.vector > plain.vector && short.tiling.width <= threads {
@@ -237,15 +258,7 @@ fn plane_tiling(shape: Shape, slots: u64) -> Tiling {
 }
 
 /// Rows of `channels * inner` elements, cut into strips of whole channels that are whole vectors too.
-fn columns(
-    rows: u64,
-    row: u64,
-    inner: u64,
-    channels: u64,
-    alignment: Alignment,
-    dtype: Dtype,
-    threads: u64,
-) -> Cut {
+fn columns(rows: u64, row: u64, inner: u64, channels: u64, alignment: Alignment, dtype: Dtype, threads: u64) -> Cut {
     let vector = largest_divisor(alignment.aligned_vector(dtype), row);
     let slots = row / vector;
     // Fewest vectors that hold a whole number of channels.
@@ -283,15 +296,15 @@ fn work_items(cut: &Cut) -> u64 {
 }
 
 /// Cuts the rows so that the device is full, but no share is so small that its threads have nothing to do.
-fn split(cut: &Cut, threads: u64, unroll: u64, limits: &DeviceLimits) -> Tiling {
+fn split(cut: &Cut, threads: u64, limits: &DeviceLimits) -> Tiling {
     let tiling = cut.tiling;
     // What is dealt out, and how much of it keeps all threads of a block busy once.
     let (work, at_once) = match cut.walk {
-        Walk::Planes | Walk::PlanesWithEdges => (tiling.outer * tiling.slots, threads * unroll),
-        Walk::Columns => (tiling.outer, threads / tiling.width * unroll),
+        Walk::Planes | Walk::PlanesWithEdges => (tiling.outer * tiling.slots, threads),
+        Walk::Columns => (tiling.outer, threads / tiling.width),
     };
     let wanted = (u64::from(limits.multiprocessors) * TASKS_PER_MULTIPROCESSOR).div_ceil(tiling.strips);
-    let most = work.div_ceil(at_once.max(1));
+    let most = work.div_ceil(at_once.max(1) * VECTORS_PER_TASK);
     let share = work.div_ceil(wanted.clamp(1, most)).max(1);
     Tiling {
         share,
