@@ -1,8 +1,13 @@
 //! The devices the tests run on.
 
+use std::io::Write;
 use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock};
 
-use batchnorm_cuda::{AsTensor, Backend, Backward, Cpu, Element, Forward, Plain, Result};
+use batchnorm_cuda::cuda::{CACHE_VARIABLE, DiskCache};
+use batchnorm_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaView, CudaViewMut};
+use batchnorm_cuda::{AsTensor, Backend, Backward, Cpu, Cuda, Element, Forward, Plain, Result};
 
 /// A backend whose buffers can be cut, and whose pieces can be given to a pass.
 ///
@@ -40,11 +45,11 @@ pub trait Device: Backend {
         dz: &'a mut Self::ViewMut<'_, T>,
     ) -> Result<Backward<'a, Self, T>>;
 
-    /// A size for this device: `full`, or `reduced` where a stand-in runs every thread one after another.
-    fn size(full: usize, reduced: usize) -> usize {
-        let _ = reduced;
-        full
-    }
+    /// A size for this device: `full`, or `reduced` where a stand-in runs all threads of a kernel one after another.
+    fn size(full: usize, reduced: usize) -> usize;
+
+    /// The same device with a stream of its own, if it has streams.
+    fn with_own_stream(&self) -> Self;
 
     /// A buffer's values, on the host.
     fn download<T: Plain>(&self, buffer: &Self::Buffer<T>) -> Result<Vec<T>> {
@@ -116,6 +121,14 @@ macro_rules! passes {
 impl Device for Cpu {
     const NAME: &'static str = "cpu";
 
+    fn size(full: usize, _reduced: usize) -> usize {
+        full
+    }
+
+    fn with_own_stream(&self) -> Self {
+        *self
+    }
+
     fn part<T: Plain>(buffer: &Vec<T>, range: Range<usize>) -> &[T] {
         &buffer[range]
     }
@@ -127,7 +140,125 @@ impl Device for Cpu {
     passes!(piece => *piece, piece_mut => *piece_mut);
 }
 
+impl Device for Cuda {
+    const NAME: &'static str = "cuda";
+
+    fn size(full: usize, reduced: usize) -> usize {
+        match driver() {
+            Driver::Real => full,
+            Driver::StandIn => reduced,
+        }
+    }
+
+    fn with_own_stream(&self) -> Self {
+        on_own_stream(self.stream().context())
+    }
+
+    fn part<T: Plain>(buffer: &CudaSlice<T>, range: Range<usize>) -> CudaView<'_, T> {
+        buffer.slice(range)
+    }
+
+    fn part_mut<T: Plain>(buffer: &mut CudaSlice<T>, range: Range<usize>) -> CudaViewMut<'_, T> {
+        buffer.slice_mut(range)
+    }
+
+    passes!(piece => piece, piece_mut => piece_mut);
+}
+
 /// The CPU.
 pub fn cpu() -> Cpu {
     Cpu::new()
+}
+
+/// A CUDA device with a stream of the caller's own: the real one, or the stand-in where there is none.
+pub fn cuda() -> Cuda {
+    cuda_device(0)
+}
+
+/// The CUDA device with this ordinal, with a stream of the caller's own.
+pub fn cuda_device(ordinal: usize) -> Cuda {
+    driver();
+    // One context for each device: a test does not wait for the work of another, but shares its compiled kernels.
+    static CONTEXTS: Mutex<Vec<Arc<CudaContext>>> = Mutex::new(Vec::new());
+    let mut contexts = CONTEXTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let known = contexts.iter().position(|context| context.ordinal() == ordinal);
+    let at = known.unwrap_or_else(|| {
+        contexts.push(CudaContext::new(ordinal).expect("a context"));
+        contexts.len() - 1
+    });
+    on_own_stream(&contexts[at])
+}
+
+/// A backend on a new stream of a context.
+pub fn on_own_stream(context: &Arc<CudaContext>) -> Cuda {
+    let stream = context.new_stream().expect("a stream");
+    Cuda::with_cache(stream, kernel_cache()).expect("a device and NVRTC")
+}
+
+/// Compiled kernels are kept from run to run, but apart from those of the user who runs the tests.
+fn kernel_cache() -> DiskCache {
+    if std::env::var_os(CACHE_VARIABLE).is_some() {
+        return DiskCache::Default;
+    }
+    DiskCache::Folder(Path::new(env!("CARGO_TARGET_TMPDIR")).join(match driver() {
+        Driver::Real => "kernels",
+        Driver::StandIn => "stand-in-kernels",
+    }))
+}
+
+/// What answers CUDA's calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    Real,
+    StandIn,
+}
+
+/// The driver of this process, chosen at the first call: a real one if it has a device and `BATCHNORM_TEST_STAND_IN` is
+/// not 1, else the stand-in.
+pub fn driver() -> Driver {
+    static DRIVER: OnceLock<Driver> = OnceLock::new();
+    *DRIVER.get_or_init(|| {
+        let forced = std::env::var_os("BATCHNORM_TEST_STAND_IN").is_some_and(|value| value == "1");
+        let (driver, name) = if !forced && real_devices() > 0 {
+            (Driver::Real, "the real driver")
+        } else {
+            emulator::install();
+            (Driver::StandIn, "the stand-in driver")
+        };
+        say(&format!("CUDA tests run on {name}"));
+        driver
+    })
+}
+
+/// How many devices a real driver has, if there is one at all.
+///
+/// By hand, because `cudarc` panics without a driver, and goes on using the first library it finds.
+fn real_devices() -> i32 {
+    type Init = unsafe extern "C" fn(u32) -> i32;
+    type DeviceCount = unsafe extern "C" fn(*mut i32) -> i32;
+    let name = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
+    let mut count = 0;
+    // SAFETY: the driver's initialisers have no demands, and these are the types of its two functions in cuda.h.
+    unsafe {
+        let Ok(library) = libloading::Library::new(name) else {
+            return 0;
+        };
+        let (Ok(init), Ok(device_count)) = (
+            library.get::<Init>(b"cuInit"),
+            library.get::<DeviceCount>(b"cuDeviceGetCount"),
+        ) else {
+            return 0;
+        };
+        if init(0) == 0 && device_count(&mut count) == 0 {
+            count
+        } else {
+            0
+        }
+    }
+}
+
+/// A line of output that is shown even of a test that passes.
+pub fn say(line: &str) {
+    // The harness keeps what the print macros write.
+    writeln!(std::io::stderr(), "{line}").expect("standard error");
 }
