@@ -170,18 +170,6 @@ impl<T: Element> Outcome<T> {
         }
     }
 
-    /// Every bit of it: equal exactly if two outcomes are the same numbers, NaN and the sign of zero included.
-    pub fn bits(&self) -> Vec<u64> {
-        let values = self.values();
-        values
-            .tensors()
-            .into_iter()
-            .flat_map(|(_, tensor)| tensor.iter().flatten())
-            .map(|value| value.to_bits())
-            .chain(values.num_batches_tracked.map(i64::cast_unsigned))
-            .collect()
-    }
-
     /// The same numbers in another memory order.
     pub fn permuted(mut self, from: Shape, to: Shape) -> Self {
         self.y = permute(&self.y, from, to);
@@ -425,6 +413,18 @@ impl<B: Device, T: Element> Guarded<B, T> {
         );
         Ok(all[self.range.clone()].to_vec())
     }
+}
+
+/// Fails unless two outcomes are the same bit for bit, NaN and the sign of zero included.
+pub fn assert_same<T: Element>(got: &Outcome<T>, want: &Outcome<T>) {
+    let (got, want) = (got.values(), want.values());
+    for ((name, got), (_, want)) in got.tensors().into_iter().zip(want.tensors()) {
+        match (got, want) {
+            (Some(got), Some(want)) => assert_same_bits(name, got, want),
+            _ => assert_eq!(got, want, "{name}"),
+        }
+    }
+    assert_eq!(got.num_batches_tracked, want.num_batches_tracked);
 }
 
 /// Fails unless both hold the same numbers, NaN and the sign of zero included.

@@ -13,7 +13,8 @@ mod random;
 mod reference;
 
 pub use case::{
-    Case, Form, Gradient, Outcome, assert_same_bits, by_channel, channel_indices, element, run, run_as, wide,
+    Case, Form, Gradient, Outcome, assert_same, assert_same_bits, by_channel, channel_indices, element, run, run_as,
+    wide,
 };
 pub use device::{Device, Driver, cpu, cuda, cuda_device, driver, on_own_stream, say};
 pub use random::Random;
