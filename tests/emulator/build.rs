@@ -33,10 +33,7 @@ fn main() {
         build(&out, &NVRTC_NAMES, &NVRTC_SOURCES);
     }
     println!("cargo:rustc-env=EMULATOR_LIBRARIES={}", out.display());
-    println!(
-        "cargo:rustc-env=EMULATOR_INCLUDE={}/include",
-        root().display()
-    );
+    println!("cargo:rustc-env=EMULATOR_INCLUDE={}/include", root().display());
     println!("cargo:rustc-env=EMULATOR_CACHE={}", cache(&out).display());
 }
 
@@ -58,24 +55,12 @@ fn build(out: &Path, names: &[&str], sources: &[&str]) {
     let mut command = compiler();
     command.args(["-fPIC", "-O2", "-g", "-Wall", "-Wextra", "-pthread"]);
     command.arg(format!("-I{}/include", root().display()));
-    command.args(
-        sources
-            .iter()
-            .map(|source| root().join("driver").join(source)),
-    );
+    command.args(sources.iter().map(|source| root().join("driver").join(source)));
     link(command, &library, names[0]);
     for name in &names[1..] {
         let mut command = compiler();
         command
-            .args([
-                "-fPIC",
-                "-x",
-                "c++",
-                "/dev/null",
-                "-x",
-                "none",
-                "-Wl,--no-as-needed",
-            ])
+            .args(["-fPIC", "-x", "c++", "/dev/null", "-x", "none", "-Wl,--no-as-needed"])
             .arg(&library);
         link(command, &out.join(name), name);
     }

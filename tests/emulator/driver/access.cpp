@@ -22,7 +22,7 @@ void check_global(Thread& thread, uintptr_t address, size_t bytes, Direction dir
   const MemoryMap& memory = *gang.launch().memory;
   const AddressRange* range = memory.find(address);
   if (!range || range->freed || !range->contains(address, bytes)) {
-    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, origin, "%s of %zu bytes of global memory %s", verb(direction), bytes,
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, origin, "%s of %zu bytes of global memory: %s", verb(direction), bytes,
           memory.explain(address, bytes).c_str());
   }
   gang.last_range = *range;
@@ -38,7 +38,15 @@ void check_alignment(Thread& thread, uintptr_t address, size_t bytes, Direction 
         bytes, size_t(address & (bytes - 1)));
 }
 
+// A kernel with large arrays of its own may need more stack than there is.
+void check_stack(Thread& thread, Origin origin) {
+  const uintptr_t depth = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+  if (depth - reinterpret_cast<uintptr_t>(thread.stack) < STACK_BYTES) return;
+  fault(thread, CUDA_ERROR_LAUNCH_FAILED, origin, "the thread needs more than the stand-in's %zu bytes of stack", size_t(STACK_BYTES));
+}
+
 void access_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
+  check_stack(thread, origin);
   check_alignment(thread, address, bytes, direction, origin);
   check_global(thread, address, bytes, direction, origin);
   count_global(*thread.gang, bytes, direction);
@@ -105,8 +113,9 @@ void access_anywhere(const void* pointer, size_t bytes, Direction direction, boo
   Thread& thread = *running;
   Gang& gang = *thread.gang;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  if (address - reinterpret_cast<uintptr_t>(thread.stack) < STACK_BYTES) return;
   const Origin origin = {{"", 0}, instruction};
+  check_stack(thread, origin);
+  if (address - reinterpret_cast<uintptr_t>(thread.stack) < STACK_BYTES) return;
   if (expect_aligned) check_alignment(thread, address, bytes, direction, origin);
   if (in_shared(gang, address)) return check_own_shared(thread, address, bytes, direction, origin);
   if (direction == Direction::LOAD && gang.launch().image->holds(address)) return;

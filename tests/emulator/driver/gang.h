@@ -155,6 +155,8 @@ enum : size_t {
   STACK_BYTES = 64 << 10,
   // Stacks are an odd number of cache lines apart: their tops would otherwise all fall into one set of the cache.
   STACK_STRIDE = STACK_BYTES + 9 * 64,
+  // Below the lowest stack: a thread that needs too much is found out at its next access, on memory that is there.
+  STACK_SLACK = 1 << 20,
 };
 
 // Ends the launch for what this thread did. The place is a source line or, for instrumented accesses, an instruction.

@@ -130,7 +130,7 @@ std::string Image::line_of(const void* instruction) const {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(instruction) - 1 - begin_;
   if (!instruction || offset >= size_) return "";
   char command[128];
-  snprintf(command, sizeof command, "addr2line -e /proc/%d/fd/%d 0x%" PRIxPTR " 2>/dev/null", getpid(), descriptor_, offset);
+  snprintf(command, sizeof command, "addr2line -s -e /proc/%d/fd/%d 0x%" PRIxPTR " 2>/dev/null", getpid(), descriptor_, offset);
   FILE* output = popen(command, "r");
   if (!output) return "";
   char line[512] = "";

@@ -232,8 +232,10 @@ bool read_options(const std::vector<std::string>& list, Options* options, std::s
 std::vector<std::string> compile_command(const Options& options) {
   std::vector<std::string> command = compiler().command;
   // Every access is instrumented; the driver supplies what the instrumentation calls. Contraction stays off, so that
-  // fma_rn is the only fused multiply-add, as with --fmad=false on a GPU.
-  for (const char* flag : {"-x", "c++", "-std=c++17", "-c", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",
+  // fma_rn is the only fused multiply-add, as with --fmad=false on a GPU. Debugging information is for line numbers; in
+  // its fifth version, addr2line of binutils 2.40 takes file names for each other. Stacks
+  // have 64 KiB.
+  for (const char* flag : {"-x", "c++", "-std=c++17", "-c", "-O1", "-g1", "-gdwarf-4", "-Werror=frame-larger-than=32768", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",
                            "-fno-rtti", "-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=thread", "-pipe"}) {
     command.push_back(flag);
   }

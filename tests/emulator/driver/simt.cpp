@@ -15,8 +15,8 @@ thread_local Thread* current_thread = nullptr;
 
 namespace {
 
-const uint64_t STACK_MARK = 0x5ca1ab1e0ddba115;  // at the far end of a stack: gone if the stack was too small
 const size_t SHARED_ALIGNMENT = 16;              // all that shared_memory() promises
+const size_t SHARED_MARGIN = 256;                // between the shared memory of two blocks
 const unsigned char POISON = 0xff;
 
 std::atomic<bool> portable_fibers{false};
@@ -55,7 +55,10 @@ void fail(LaunchState& state, CUresult status, std::string message) {
   state.outcome.fault = std::move(message);
 }
 
-std::string text_of(StandInPlace place) { return std::string(place.file) + ":" + std::to_string(place.line); }
+std::string text_of(StandInPlace place) {
+  const char* slash = strrchr(place.file, '/');
+  return std::string(slash ? slash + 1 : place.file) + ":" + std::to_string(place.line);
+}
 
 std::string text_of(StandInIndex index) {
   char text[48];
@@ -93,11 +96,6 @@ void run_thread(void* argument) {
   Thread& thread = *static_cast<Thread*>(argument);
   Gang& gang = *thread.gang;
   gang.launch().kernel->run(gang.launch().arguments);
-  uint64_t mark;
-  memcpy(&mark, thread.stack, sizeof mark);
-  if (mark != STACK_MARK) {
-    fault(thread, CUDA_ERROR_LAUNCH_FAILED, at({"", 0}), "the thread needed more than %zu bytes of stack", size_t(STACK_BYTES));
-  }
   if (thread.cluster_arrivals != thread.cluster_waits) {
     fault(thread, CUDA_ERROR_LAUNCH_FAILED, at({"", 0}), "the thread exits between cluster_arrive and cluster_wait");
   }
@@ -143,7 +141,7 @@ bool Gang::prepare(LaunchState& launch_state, unsigned block_count) {
   clusters.resize(block_count / cluster_blocks);
   ready_.resize(thread_count);
 
-  const size_t stacks_needed = thread_count * STACK_STRIDE + 64;
+  const size_t stacks_needed = STACK_SLACK + thread_count * STACK_STRIDE;
   if (stacks_needed > stacks_bytes_) {
     if (stacks_) munmap(stacks_, stacks_bytes_);
     void* mapped = mmap(nullptr, stacks_needed, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -153,12 +151,13 @@ bool Gang::prepare(LaunchState& launch_state, unsigned block_count) {
     stacks_ = static_cast<char*>(mapped);
     stacks_bytes_ = stacks_needed;
   }
-  // Aligned to no more than what is promised, so that a kernel that counts on more is found out.
-  shared_stride = (launch.shared_bytes + 2 * SHARED_ALIGNMENT - 1) / (2 * SHARED_ALIGNMENT) * (2 * SHARED_ALIGNMENT);
-  shared_.resize(shared_stride * block_count + 4 * SHARED_ALIGNMENT);
+  // Aligned to no more than what is promised, so that a kernel that counts on more is found out; and with a margin, so
+  // that what runs over the end of it is seen to have run over the end of it.
+  const size_t unit = 2 * SHARED_ALIGNMENT;
+  shared_stride = (launch.shared_bytes + SHARED_MARGIN + unit - 1) / unit * unit;
+  shared_.resize(shared_stride * block_count + 2 * unit);
   const uintptr_t raw = reinterpret_cast<uintptr_t>(shared_.data());
-  shared_begin = shared_.data() + ((raw + 2 * SHARED_ALIGNMENT - 1) / (2 * SHARED_ALIGNMENT) * (2 * SHARED_ALIGNMENT) +
-                                   SHARED_ALIGNMENT - raw);
+  shared_begin = shared_.data() + ((raw + unit - 1) / unit * unit - raw) + SHARED_ALIGNMENT;
 
   for (size_t i = 0; i < thread_count; i++) {
     Thread& thread = threads[i];
@@ -168,8 +167,7 @@ bool Gang::prepare(LaunchState& launch_state, unsigned block_count) {
     thread.index = index_of(thread.number, launch.block);
     thread.warp = &warps[i / block_threads * warps_per_block + thread.number / WARP_LANES];
     thread.lane = thread.number % WARP_LANES;
-    thread.stack = stacks_ + i * STACK_STRIDE;
-    memcpy(thread.stack, &STACK_MARK, sizeof STACK_MARK);
+    thread.stack = stacks_ + STACK_SLACK + i * STACK_STRIDE;
   }
   for (size_t i = 0; i < warps.size(); i++) {
     const unsigned number = unsigned(i % warps_per_block) * WARP_LANES;
@@ -211,7 +209,7 @@ void Gang::start_blocks(uint64_t first_block) {
   grid_arrived = 0;
   mbarriers.clear();
   copies.clear();
-  if (shared_stride) memset(shared_begin, POISON, shared_stride * blocks.size());
+  memset(shared_begin, POISON, shared_stride * blocks.size());
   ready_first_ = ready_count_ = 0;
   for (Thread& thread : threads) {
     thread.cluster_arrivals = thread.cluster_waits = 0;

@@ -12,9 +12,8 @@
 #define blockDim (stand_in_block_size())
 #define gridDim (stand_in_grid_size())
 
-// As the default argument of a parameter: the place of the call.
-#define STAND_IN_HERE \
-  StandInPlace { __builtin_FILE(), __builtin_LINE() }
+// The last parameters of a function that tells the driver where it was called from: both have the call as their default.
+#define STAND_IN_CALLER const char *file = __builtin_FILE(), u32 line = __builtin_LINE()
 
 // The argument is copied to the thread's own stack, as a GPU gives every thread the launch's own copy. The copying itself
 // is no access of the kernel's, hence not instrumented.
@@ -120,24 +119,24 @@ DEVICE void from_real(float x, bf16& out) {
 // ---- global memory -------------------------------------------------------------------------------------------------
 
 template <int N, class T>
-DEVICE Vector<T, N> load(const T* from, StandInPlace place = STAND_IN_HERE) {
-  return from_bits<Vector<T, N>>(stand_in_load(from, N * sizeof(T), STAND_IN_CACHED, place));
+DEVICE Vector<T, N> load(const T* from, STAND_IN_CALLER) {
+  return from_bits<Vector<T, N>>(stand_in_load(from, N * sizeof(T), STAND_IN_CACHED, {file, line}));
 }
 template <int N, class T>
-DEVICE Vector<T, N> load_last_use(const T* from, StandInPlace place = STAND_IN_HERE) {
-  return from_bits<Vector<T, N>>(stand_in_load(from, N * sizeof(T), STAND_IN_LAST_USE, place));
+DEVICE Vector<T, N> load_last_use(const T* from, STAND_IN_CALLER) {
+  return from_bits<Vector<T, N>>(stand_in_load(from, N * sizeof(T), STAND_IN_LAST_USE, {file, line}));
 }
 template <int N, class T>
-DEVICE Vector<T, N> load_coherent(const T* from, StandInPlace place = STAND_IN_HERE) {
-  return from_bits<Vector<T, N>>(stand_in_load(from, N * sizeof(T), STAND_IN_COHERENT, place));
+DEVICE Vector<T, N> load_coherent(const T* from, STAND_IN_CALLER) {
+  return from_bits<Vector<T, N>>(stand_in_load(from, N * sizeof(T), STAND_IN_COHERENT, {file, line}));
 }
 template <int N, class T>
-DEVICE void store(T* to, const Vector<T, N>& value, StandInPlace place = STAND_IN_HERE) {
-  stand_in_store(to, to_bits(value), N * sizeof(T), STAND_IN_CACHED, place);
+DEVICE void store(T* to, const Vector<T, N>& value, STAND_IN_CALLER) {
+  stand_in_store(to, to_bits(value), N * sizeof(T), STAND_IN_CACHED, {file, line});
 }
 template <int N, class T>
-DEVICE void store_streaming(T* to, const Vector<T, N>& value, StandInPlace place = STAND_IN_HERE) {
-  stand_in_store(to, to_bits(value), N * sizeof(T), STAND_IN_STREAMING, place);
+DEVICE void store_streaming(T* to, const Vector<T, N>& value, STAND_IN_CALLER) {
+  stand_in_store(to, to_bits(value), N * sizeof(T), STAND_IN_STREAMING, {file, line});
 }
 
 // ---- threads of a warp, a block, the grid --------------------------------------------------------------------------
@@ -152,40 +151,40 @@ DEVICE T shuffle(StandInWarpOperation operation, T value, u32 operand, u32 mask,
 }
 // What the lane whose number differs in the bits of `lanes` holds.
 template <class T>
-DEVICE T shuffle_xor(T value, int lanes, u32 mask = ALL_LANES, StandInPlace place = STAND_IN_HERE) {
-  return shuffle(STAND_IN_SHUFFLE_XOR, value, (u32)lanes, mask, place);
+DEVICE T shuffle_xor(T value, int lanes, u32 mask = ALL_LANES, STAND_IN_CALLER) {
+  return shuffle(STAND_IN_SHUFFLE_XOR, value, (u32)lanes, mask, {file, line});
 }
 // What the lane `distance` above holds; the topmost lanes keep their own value.
 template <class T>
-DEVICE T shuffle_down(T value, int distance, u32 mask = ALL_LANES, StandInPlace place = STAND_IN_HERE) {
-  return shuffle(STAND_IN_SHUFFLE_DOWN, value, (u32)distance, mask, place);
+DEVICE T shuffle_down(T value, int distance, u32 mask = ALL_LANES, STAND_IN_CALLER) {
+  return shuffle(STAND_IN_SHUFFLE_DOWN, value, (u32)distance, mask, {file, line});
 }
 // What the lane `distance` below holds; the lowest lanes keep their own value.
 template <class T>
-DEVICE T shuffle_up(T value, int distance, u32 mask = ALL_LANES, StandInPlace place = STAND_IN_HERE) {
-  return shuffle(STAND_IN_SHUFFLE_UP, value, (u32)distance, mask, place);
+DEVICE T shuffle_up(T value, int distance, u32 mask = ALL_LANES, STAND_IN_CALLER) {
+  return shuffle(STAND_IN_SHUFFLE_UP, value, (u32)distance, mask, {file, line});
 }
 // What the given lane holds.
 template <class T>
-DEVICE T shuffle_from(T value, int lane, u32 mask = ALL_LANES, StandInPlace place = STAND_IN_HERE) {
-  return shuffle(STAND_IN_SHUFFLE_FROM, value, (u32)lane, mask, place);
+DEVICE T shuffle_from(T value, int lane, u32 mask = ALL_LANES, STAND_IN_CALLER) {
+  return shuffle(STAND_IN_SHUFFLE_FROM, value, (u32)lane, mask, {file, line});
 }
 // One bit per lane for which the predicate holds.
-DEVICE u32 ballot(bool predicate, u32 mask = ALL_LANES, StandInPlace place = STAND_IN_HERE) {
-  return (u32)stand_in_warp(STAND_IN_BALLOT, mask, {predicate, 0}, 0, place).low;
+DEVICE u32 ballot(bool predicate, u32 mask = ALL_LANES, STAND_IN_CALLER) {
+  return (u32)stand_in_warp(STAND_IN_BALLOT, mask, {predicate, 0}, 0, {file, line}).low;
 }
 // The lanes of the mask have arrived, and what they wrote to memory is seen by each other.
-DEVICE void warp_barrier(u32 mask = ALL_LANES, StandInPlace place = STAND_IN_HERE) {
-  stand_in_warp(STAND_IN_WARP_BARRIER, mask, {0, 0}, 0, place);
+DEVICE void warp_barrier(u32 mask = ALL_LANES, STAND_IN_CALLER) {
+  stand_in_warp(STAND_IN_WARP_BARRIER, mask, {0, 0}, 0, {file, line});
 }
 
-DEVICE void block_barrier(StandInPlace place = STAND_IN_HERE) { stand_in_block_barrier(place); }
+DEVICE void block_barrier(STAND_IN_CALLER) { stand_in_block_barrier({file, line}); }
 
-DEVICE u32 arrive(u32* counter, StandInPlace place = STAND_IN_HERE) { return stand_in_arrive(counter, place); }
+DEVICE u32 arrive(u32* counter, STAND_IN_CALLER) { return stand_in_arrive(counter, {file, line}); }
 
 // All threads of a cooperative launch have arrived, and what they wrote to global memory is seen. The counter is one of
 // global memory that begins at zero and serves this launch alone; every block adds one to it at each barrier.
-DEVICE void grid_barrier(u32* counter, StandInPlace place = STAND_IN_HERE) { stand_in_grid_barrier(counter, place); }
+DEVICE void grid_barrier(u32* counter, STAND_IN_CALLER) { stand_in_grid_barrier(counter, {file, line}); }
 
 // ---- clusters ------------------------------------------------------------------------------------------------------
 
@@ -193,11 +192,11 @@ DEVICE u32 cluster_rank() { return stand_in_cluster_rank(); }
 DEVICE u32 cluster_size() { return stand_in_cluster_size(); }
 
 // A barrier of all threads of the cluster in two halves: what was written before arriving is seen after waiting.
-DEVICE void cluster_arrive(StandInPlace place = STAND_IN_HERE) { stand_in_cluster_arrive(place); }
-DEVICE void cluster_wait(StandInPlace place = STAND_IN_HERE) { stand_in_cluster_wait(place); }
-DEVICE void cluster_barrier(StandInPlace place = STAND_IN_HERE) {
-  stand_in_cluster_arrive(place);
-  stand_in_cluster_wait(place);
+DEVICE void cluster_arrive(STAND_IN_CALLER) { stand_in_cluster_arrive({file, line}); }
+DEVICE void cluster_wait(STAND_IN_CALLER) { stand_in_cluster_wait({file, line}); }
+DEVICE void cluster_barrier(STAND_IN_CALLER) {
+  stand_in_cluster_arrive({file, line});
+  stand_in_cluster_wait({file, line});
 }
 
 // Where an object of shared memory lies in another block of the cluster: an address of the cluster's address space on a
@@ -207,33 +206,33 @@ struct Remote {
   const T* address;
 };
 template <class T>
-DEVICE Remote<T> remote(const T* local, u32 rank, StandInPlace place = STAND_IN_HERE) {
-  return {(const T*)stand_in_remote(local, rank, place)};
+DEVICE Remote<T> remote(const T* local, u32 rank, STAND_IN_CALLER) {
+  return {(const T*)stand_in_remote(local, rank, {file, line})};
 }
 template <int N, class T>
-DEVICE Vector<T, N> load_remote(Remote<T> from, u32 index, StandInPlace place = STAND_IN_HERE) {
-  return from_bits<Vector<T, N>>(stand_in_load_remote(from.address + index, N * sizeof(T), place));
+DEVICE Vector<T, N> load_remote(Remote<T> from, u32 index, STAND_IN_CALLER) {
+  return from_bits<Vector<T, N>>(stand_in_load_remote(from.address + index, N * sizeof(T), {file, line}));
 }
 template <int N, class T>
-DEVICE void store_remote(Remote<T> to, u32 index, const Vector<T, N>& value, StandInPlace place = STAND_IN_HERE) {
-  stand_in_store_remote((void*)(to.address + index), to_bits(value), N * sizeof(T), place);
+DEVICE void store_remote(Remote<T> to, u32 index, const Vector<T, N>& value, STAND_IN_CALLER) {
+  stand_in_store_remote((void*)(to.address + index), to_bits(value), N * sizeof(T), {file, line});
 }
 
 // ---- asynchronous copies -------------------------------------------------------------------------------------------
 
 // An mbarrier lies in shared memory. A phase of it ends when all arrivals have come and all bytes announced with them
 // have been copied. One thread initialises it, and a block_barrier shows it to the others.
-DEVICE void mbarrier_init(u64* barrier, u32 arrivals, StandInPlace place = STAND_IN_HERE) {
-  stand_in_mbarrier_init(barrier, arrivals, place);
+DEVICE void mbarrier_init(u64* barrier, u32 arrivals, STAND_IN_CALLER) {
+  stand_in_mbarrier_init(barrier, arrivals, {file, line});
 }
-DEVICE void mbarrier_arrive(u64* barrier, u32 expected_bytes, StandInPlace place = STAND_IN_HERE) {
-  stand_in_mbarrier_arrive(barrier, expected_bytes, place);
+DEVICE void mbarrier_arrive(u64* barrier, u32 expected_bytes, STAND_IN_CALLER) {
+  stand_in_mbarrier_arrive(barrier, expected_bytes, {file, line});
 }
 // Waits for the end of the phase with this parity; the first phase has parity 0.
-DEVICE void mbarrier_wait(u64* barrier, u32 parity, StandInPlace place = STAND_IN_HERE) {
-  stand_in_mbarrier_wait(barrier, parity, place);
+DEVICE void mbarrier_wait(u64* barrier, u32 parity, STAND_IN_CALLER) {
+  stand_in_mbarrier_wait(barrier, parity, {file, line});
 }
 // Starts a copy from global to shared memory; 16-byte aligned at both ends and in size. Its bytes count at the barrier.
-DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier, StandInPlace place = STAND_IN_HERE) {
-  stand_in_bulk_copy(shared, global, bytes, barrier, place);
+DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier, STAND_IN_CALLER) {
+  stand_in_bulk_copy(shared, global, bytes, barrier, {file, line});
 }

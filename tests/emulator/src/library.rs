@@ -97,11 +97,7 @@ struct Library {
     driver_version: unsafe extern "C" fn() -> c_int,
     set_no_device: unsafe extern "C" fn(bool),
     use_portable_fibers: unsafe extern "C" fn(bool),
-    take_launches: unsafe extern "C" fn(
-        usize,
-        extern "C" fn(*const LaunchView, *mut c_void),
-        *mut c_void,
-    ) -> c_uint,
+    take_launches: unsafe extern "C" fn(usize, extern "C" fn(*const LaunchView, *mut c_void), *mut c_void) -> c_uint,
     stream_calls: unsafe extern "C" fn(usize, *mut Calls) -> c_uint,
     context_calls: unsafe extern "C" fn(usize, *mut Calls) -> c_uint,
     thread_calls: unsafe extern "C" fn(*mut Calls),
@@ -260,8 +256,7 @@ pub fn launches<S>(stream: *mut S) -> Vec<Launch> {
     }
     let mut list: Vec<Launch> = Vec::new();
     // SAFETY: `each` gets the list back while it is borrowed here alone; the handle is looked up, not followed.
-    let status =
-        unsafe { (library().take_launches)(stream as usize, each, (&raw mut list).cast()) };
+    let status = unsafe { (library().take_launches)(stream as usize, each, (&raw mut list).cast()) };
     check("launches", status);
     list
 }

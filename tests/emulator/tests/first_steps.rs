@@ -42,8 +42,5 @@ fn a_kernel_runs_and_is_written_down() {
     );
     assert_eq!((only.bytes_loaded, only.bytes_stored), (4000, 4000));
     assert!(!only.cooperative);
-    assert!(
-        emulator::launches(stream.cu_stream()).is_empty(),
-        "they are taken once"
-    );
+    assert!(emulator::launches(stream.cu_stream()).is_empty(), "they are taken once");
 }

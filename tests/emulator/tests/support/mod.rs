@@ -5,9 +5,7 @@
 use std::ffi::{CStr, CString};
 use std::sync::Arc;
 
-use cudarc::driver::{
-    CudaContext, CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
-};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::{Ptx, result, sys};
 
 /// The seam of the project's kernels, whose host half is under test.
@@ -25,18 +23,13 @@ pub fn compile(source: &str, options: &[&str]) -> Result<Vec<u8>, (sys::nvrtcRes
             let mut size = 0;
             sys::nvrtcGetCUBINSize(program, &mut size).result().unwrap();
             let mut cubin = vec![0u8; size];
-            sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast())
-                .result()
-                .unwrap();
+            sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()).result().unwrap();
             Ok(cubin)
         },
         // SAFETY: as above; the log ends with a zero.
         Err(error) => unsafe {
             let log = result::get_program_log(program).unwrap();
-            Err((
-                error.0,
-                CStr::from_ptr(log.as_ptr()).to_string_lossy().into_owned(),
-            ))
+            Err((error.0, CStr::from_ptr(log.as_ptr()).to_string_lossy().into_owned()))
         },
     };
     // SAFETY: nobody uses the program after this.
@@ -53,12 +46,7 @@ pub fn with_seam(kernels: &str) -> String {
 pub fn cubin(ordinal: usize, kernels: &str) -> Vec<u8> {
     let (major, minor) = emulator::PROFILES[ordinal].compute_capability;
     let architecture = format!("--gpu-architecture=sm_{major}{minor}");
-    let options = [
-        architecture.as_str(),
-        "--fmad=false",
-        "-std=c++17",
-        "-default-device",
-    ];
+    let options = [architecture.as_str(), "--fmad=false", "-std=c++17", "-default-device"];
     compile(&with_seam(kernels), &options).unwrap_or_else(|(code, log)| panic!("{code:?}\n{log}"))
 }
 
@@ -68,8 +56,7 @@ pub fn device(name: &str) -> (Arc<CudaContext>, Arc<CudaStream>) {
     let ordinal = emulator::ordinal(name);
     let raw = emulator::create_context(ordinal);
     // SAFETY: the context is live, of this device, and owned by nobody else.
-    let context =
-        unsafe { CudaContext::from_raw_context(ordinal, ordinal as i32, raw.cast()) }.unwrap();
+    let context = unsafe { CudaContext::from_raw_context(ordinal, ordinal as i32, raw.cast()) }.unwrap();
     let stream = context.new_stream().unwrap();
     (context, stream)
 }
@@ -117,13 +104,7 @@ pub fn launch(
     arguments: Arguments,
 ) -> Result<(), DriverError> {
     // SAFETY: the kernel takes `Arguments`; what it does with them is what the stand-in checks.
-    unsafe {
-        stream
-            .launch_builder(function)
-            .arg(&arguments)
-            .launch(shape)
-    }
-    .map(|_| ())
+    unsafe { stream.launch_builder(function).arg(&arguments).launch(shape) }.map(|_| ())
 }
 
 /// The device address of a slice.

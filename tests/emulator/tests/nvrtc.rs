@@ -1,0 +1,218 @@
+//! The stand-in NVRTC: options, logs, images, and what the driver makes of bad ones.
+
+mod support;
+
+use cudarc::driver::CudaContext;
+use cudarc::driver::sys::CUresult;
+use cudarc::nvrtc::sys::{self, nvrtcResult};
+use cudarc::nvrtc::{Ptx, result};
+use support::*;
+
+const NOTHING: &str = "KERNEL(nothing, Arguments, 32) {}";
+
+fn source() -> String {
+    with_seam(&format!("{ARGUMENTS}{NOTHING}"))
+}
+
+/// Loads an image on a device; the error.
+fn load(name: &str, image: &[u8]) -> CUresult {
+    let (context, _stream) = device(name);
+    match context.load_module(Ptx::from_binary(image.to_vec())) {
+        Ok(_) => CUresult::CUDA_SUCCESS,
+        Err(error) => error.0,
+    }
+}
+
+#[test]
+fn an_error_of_compilation_comes_with_the_compilers_words() {
+    emulator::install();
+    let broken = with_seam(&format!(
+        "{ARGUMENTS}KERNEL(broken, Arguments, 32) {{\n  this is no kernel;\n}}"
+    ));
+    let (code, log) = compile(&broken, &["--gpu-architecture=sm_90"]).unwrap_err();
+    assert_eq!(code, nvrtcResult::NVRTC_ERROR_COMPILATION);
+    assert!(log.contains("test.cu:3:") && log.contains("error"), "{log}");
+}
+
+#[test]
+fn options_that_cannot_be_kept_are_errors() {
+    emulator::install();
+    for option in [
+        "--use_fast_math",
+        "-use_fast_math",
+        "--fmad=true",
+        "--gpu-architecture=sm_61",
+        "--gpu-architecture=9.0",
+        "--nonsense",
+    ] {
+        let (code, log) = compile(&source(), &[option]).unwrap_err();
+        assert_eq!(code, nvrtcResult::NVRTC_ERROR_INVALID_OPTION, "{option}");
+        assert!(log.contains("error"), "{log}");
+    }
+}
+
+#[test]
+fn definitions_reach_the_source() {
+    emulator::install();
+    let source = with_seam("#if SIZE != 7 || !defined(FLAG) || defined(GONE) || STAND_IN_ARCH != 80\n#error\n#endif\n");
+    for options in [
+        ["--gpu-architecture=sm_80", "-DSIZE=7", "-DFLAG", "-DGONE", "-UGONE"],
+        [
+            "-arch=sm_80",
+            "--define-macro=SIZE=7",
+            "--define-macro=FLAG",
+            "-w",
+            "-lineinfo",
+        ],
+    ] {
+        compile(&source, &options).unwrap();
+    }
+    compile(&source, &["-arch", "sm_80", "-D", "SIZE=7", "--define-macro", "FLAG"]).unwrap();
+    compile(&source, &["-arch=sm_80", "-DSIZE=8", "-DFLAG"]).unwrap_err();
+}
+
+#[test]
+fn the_architectures_are_those_of_nvrtc_13() {
+    emulator::install();
+    let mut count = 0;
+    // SAFETY: NVRTC writes as many architectures as it said.
+    let architectures = unsafe {
+        sys::nvrtcGetNumSupportedArchs(&mut count).result().unwrap();
+        let mut list = vec![0; count as usize];
+        sys::nvrtcGetSupportedArchs(list.as_mut_ptr()).result().unwrap();
+        list
+    };
+    assert_eq!(architectures, [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]);
+}
+
+#[test]
+fn an_image_runs_on_its_own_major_version_from_its_minor_on() {
+    emulator::install();
+    let image = |architecture: &str| compile(&source(), &[architecture]).unwrap();
+    let of_80 = image("--gpu-architecture=sm_80");
+    assert_eq!(load("a100", &of_80), CUresult::CUDA_SUCCESS);
+    assert_eq!(load("rtx4090", &of_80), CUresult::CUDA_SUCCESS);
+    assert_eq!(load("h200", &of_80), CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU);
+    assert_eq!(load("t4", &of_80), CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU);
+    assert_eq!(
+        load("a100", &image("--gpu-architecture=sm_89")),
+        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+    );
+    assert_eq!(
+        load("h200", &image("--gpu-architecture=sm_90a")),
+        CUresult::CUDA_SUCCESS
+    );
+}
+
+#[test]
+fn a_damaged_image_is_refused() {
+    emulator::install();
+    let image = compile(&source(), &["--gpu-architecture=sm_90"]).unwrap();
+    assert_eq!(load("h200", &image), CUresult::CUDA_SUCCESS);
+    for position in [0, 3, 20, 40, image.len() / 2, image.len() - 60, image.len() - 1] {
+        let mut damaged = image.clone();
+        damaged[position] ^= 1;
+        assert_eq!(
+            load("h200", &damaged),
+            CUresult::CUDA_ERROR_INVALID_IMAGE,
+            "byte {position}"
+        );
+    }
+    for length in [1, 4, 63, 64, 1000, image.len() / 2, image.len() - 1] {
+        assert_eq!(
+            load("h200", &image[..length]),
+            CUresult::CUDA_ERROR_INVALID_IMAGE,
+            "cut to {length} bytes"
+        );
+    }
+    for garbage in [&b""[..], b"\0", b"garbage", b"\x7fELF"] {
+        let mut garbage = garbage.to_vec();
+        garbage.push(0);
+        assert_eq!(
+            load("h200", &garbage),
+            CUresult::CUDA_ERROR_INVALID_IMAGE,
+            "{garbage:?}"
+        );
+    }
+}
+
+#[test]
+fn ptx_is_only_text() {
+    let (context, _stream) = device("h200");
+    let source = std::ffi::CString::new(source()).unwrap();
+    let program = result::create_program(&source, None).unwrap();
+    // SAFETY: the program is live until it is destroyed.
+    let ptx = unsafe {
+        result::compile_program(program, &["--gpu-architecture=compute_90"]).unwrap();
+        let mut size = 1;
+        sys::nvrtcGetCUBINSize(program, &mut size).result().unwrap();
+        assert_eq!(size, 0, "a virtual architecture has no cubin");
+        let ptx = result::get_ptx(program).unwrap();
+        result::destroy_program(program).unwrap();
+        ptx.into_iter()
+            .map(|c| c as u8)
+            .take_while(|c| *c != 0)
+            .collect::<Vec<u8>>()
+    };
+    let text = String::from_utf8(ptx).unwrap();
+    assert!(text.contains(".target sm_90"), "{text}");
+    let refused = context.load_module(Ptx::from_src(text)).unwrap_err();
+    assert_eq!(refused.0, CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION);
+}
+
+#[test]
+fn a_kernel_that_is_not_there_is_not_found() {
+    let (context, _stream) = device("h200");
+    let module = context
+        .load_module(Ptx::from_binary(cubin(0, &format!("{ARGUMENTS}{NOTHING}"))))
+        .unwrap();
+    module.load_function("nothing").unwrap();
+    assert_eq!(
+        module.load_function("something").unwrap_err().0,
+        CUresult::CUDA_ERROR_NOT_FOUND
+    );
+}
+
+#[test]
+fn many_threads_compile_the_same_and_different_sources() {
+    emulator::install();
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            scope.spawn(move || {
+                let context = CudaContext::new(thread % 2).unwrap();
+                let stream = context.new_stream().unwrap();
+                let source = format!(
+                    "{ARGUMENTS}// {}\nKERNEL(mark, Arguments, 1) {{ arguments.c[0] = {}; }}",
+                    std::process::id(),
+                    thread / 4
+                );
+                let mark = kernel(&context, &source, "mark");
+                let c = stream.alloc_zeros::<u32>(1).unwrap();
+                let arguments = Arguments {
+                    c: address(&c, &stream),
+                    ..Default::default()
+                };
+                launch(&stream, &mark, shape(1, 1, 0), arguments).unwrap();
+                assert_eq!(stream.clone_dtoh(&c).unwrap(), [thread as u32 / 4]);
+            });
+        }
+    });
+}
+
+#[test]
+fn wrong_programs_are_errors() {
+    emulator::install();
+    let mut size = 0;
+    let invented = 0x1234_usize as sys::nvrtcProgram;
+    // SAFETY: the handle is wrong, which NVRTC must notice without following it.
+    unsafe {
+        assert_eq!(
+            sys::nvrtcGetCUBINSize(invented, &mut size),
+            nvrtcResult::NVRTC_ERROR_INVALID_PROGRAM
+        );
+        assert_eq!(
+            sys::nvrtcCompileProgram(invented, 0, std::ptr::null()),
+            nvrtcResult::NVRTC_ERROR_INVALID_PROGRAM
+        );
+    }
+}
