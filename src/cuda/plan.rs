@@ -537,12 +537,13 @@ impl Counts {
         self.read += tiling.channels * tiling.splits * vectors * self.real;
     }
 
-    /// Where several blocks share a strip, each leaves its result per channel, the last reads all and resets the counter.
+    /// Where several blocks share a strip, each leaves its result per channel and counts its arrival; the last reads all
+    /// results and resets the counter.
     fn partials(&mut self, kernel: Kernel, tiling: &Tiling) {
         if tiling.splits > 1 {
             let bytes = tiling.channels * tiling.splits * partial_bytes(kernel, self.real);
-            self.read += bytes;
-            self.written += bytes + tiling.strips * ARRIVED_BYTES;
+            self.read += bytes + tiling.tasks() * ARRIVED_BYTES;
+            self.written += bytes + (tiling.tasks() + tiling.strips) * ARRIVED_BYTES;
         }
     }
 

@@ -209,15 +209,14 @@ fn cut(shape: Shape, dtype: Dtype, alignment: Alignment, threads: u64) -> Cut {
         dtype,
         threads,
     );
-    if plain.vector >= edges.vector.max(short.vector) {
-        plain
-    } else if short.vector > plain.vector && short.tiling.width <= threads {
-        short
-    } else if edges.vector > plain.vector && edges.tiling.slots >= SHORTEST_PLANE_WITH_EDGES {
-        edges
-    } else {
-        plain
-    }
+    // Columns need no lane by lane reading, so they come before edges.
+    let short_fits = short.tiling.width <= threads;
+    let edges_pay = edges.tiling.slots >= SHORTEST_PLANE_WITH_EDGES;
+    [(plain, true), (short, short_fits), (edges, edges_pay)]
+        .into_iter()
+        .filter_map(|(cut, allowed)| allowed.then_some(cut))
+        .reduce(|best, cut| if cut.vector > best.vector { cut } else { best })
+        .unwrap_or(plain)
 }
 
 fn planes(shape: Shape, aligned_vector: u64) -> Cut {

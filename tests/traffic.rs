@@ -1,0 +1,269 @@
+//! What passes ask of the device, counted by the stand-in driver: the launches and the bytes are the plan's, to the byte,
+//! and nothing is allocated, copied or waited for on the way.
+//!
+//! Always on the stand-in, which alone can count.
+
+#![cfg(target_os = "linux")]
+
+use std::sync::Arc;
+
+use batchnorm_cuda::cuda::plan::{Alignment, Operation, Plan, Problem, Tracking};
+use batchnorm_cuda::cuda::{DiskCache, Walk};
+use batchnorm_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView};
+use batchnorm_cuda::half::f16;
+use batchnorm_cuda::{
+    Backend, Backward, BatchNorm2d, BatchNorm2dConfig, Cuda, Element, Epilogue, Forward, Momentum, Result, Shape,
+};
+
+/// A device of the stand-in with this profile, and a stream of its own.
+fn device(profile: &str) -> Cuda {
+    on_stream(context(profile).new_stream().unwrap())
+}
+
+fn context(profile: &str) -> Arc<CudaContext> {
+    emulator::install();
+    CudaContext::new(emulator::ordinal(profile)).unwrap()
+}
+
+fn on_stream(stream: Arc<CudaStream>) -> Cuda {
+    let cache = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("stand-in-kernels");
+    Cuda::with_cache(stream, DiskCache::Folder(cache)).unwrap()
+}
+
+/// The tensors of one step, each behind `offset` unused elements.
+struct Tensors<T: Element> {
+    offset: usize,
+    len: usize,
+    x: CudaSlice<T>,
+    y: CudaSlice<T>,
+    z: CudaSlice<T>,
+    dx: CudaSlice<T>,
+    dz: CudaSlice<T>,
+}
+
+impl<T: Element> Tensors<T> {
+    fn new(cuda: &Cuda, shape: Shape, offset: usize) -> Result<Self> {
+        let len = shape.len()?;
+        let values: Vec<T> = (0..len + offset)
+            .map(|i| T::from_param(batchnorm_cuda::Real::from_f64((i * 37 % 101) as f64 / 16.0 - 3.0)))
+            .collect();
+        Ok(Self {
+            offset,
+            len,
+            x: cuda.upload(&values)?,
+            y: cuda.zeros(len + offset)?,
+            z: cuda.upload(&values)?,
+            dx: cuda.zeros(len + offset)?,
+            dz: cuda.zeros(len + offset)?,
+        })
+    }
+}
+
+/// Holds what the stand-in counted against the plan.
+fn assert_as_planned(cuda: &Cuda, problem: &Problem) {
+    let plan = Plan::new(problem, cuda.limits()).unwrap();
+    let counted = emulator::launches(cuda.stream().cu_stream());
+    assert_eq!(counted.len(), plan.kernels.len(), "{plan}");
+    for (launch, planned) in counted.iter().zip(&plan.kernels) {
+        assert_eq!(launch.kernel, planned.instantiation.kernel.name(), "{plan}");
+        assert_eq!(launch.grid, [planned.grid, 1, 1], "{plan}");
+        assert_eq!(launch.block, [planned.block(), 1, 1], "{plan}");
+        assert_eq!(launch.shared_bytes, planned.shared_bytes, "{plan}");
+        assert_eq!(
+            (launch.bytes_loaded, launch.bytes_stored),
+            (planned.traffic.read, planned.traffic.written),
+            "{} of {problem:?}: loaded and stored, against the plan's\n{plan}",
+            launch.kernel
+        );
+    }
+}
+
+fn fused<'a, T: Element>(
+    forward: Forward<'a, Cuda, T>,
+    z: &'a CudaView<'_, T>,
+    epilogue: Epilogue,
+) -> Forward<'a, Cuda, T> {
+    match epilogue {
+        Epilogue::Identity => forward,
+        Epilogue::Relu => forward.relu(),
+        Epilogue::AddRelu => forward.add_relu(z),
+    }
+}
+
+/// Runs every kind of pass and counts each. `offset` moves all tensors that many elements.
+fn count_all_passes<T: Element>(profile: &str, shape: Shape, epilogue: Epilogue, offset: usize) -> Result<()> {
+    let cuda = device(profile);
+    let mut tensors = Tensors::<T>::new(&cuda, shape, offset)?;
+    let alignment = Alignment::of([(offset * size_of::<T>()) as u64]);
+    let problem = |operation| Problem {
+        alignment,
+        ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
+    };
+    for (momentum, tracking) in [
+        (Momentum::Factor(0.1), Tracking::Momentum),
+        (Momentum::CumulativeAverage, Tracking::CumulativeAverage),
+    ] {
+        let config = BatchNorm2dConfig::new(shape.channels).momentum(momentum);
+        let mut bn: BatchNorm2d<Cuda, T::Param> = BatchNorm2d::new(&cuda, config)?;
+        let mut saved = bn.prepare_fused::<T>(shape, epilogue)?;
+        let mut gradients = bn.gradients()?;
+        let part = tensors.offset..tensors.offset + tensors.len;
+        let (x, z) = (tensors.x.slice(part.clone()), tensors.z.slice(part.clone()));
+        let _ = emulator::launches(cuda.stream().cu_stream());
+
+        let mut y = tensors.y.slice_mut(part.clone());
+        let forward = fused(Forward::new(&x, &mut y), &z, epilogue);
+        bn.forward_train_with(forward, &mut saved)?;
+        assert_as_planned(
+            &cuda,
+            &Problem {
+                tracking,
+                ..problem(Operation::Train)
+            },
+        );
+
+        let forward = fused(Forward::new(&x, &mut y), &z, epilogue);
+        bn.forward_eval_with(shape, forward)?;
+        assert_as_planned(&cuda, &problem(Operation::Eval));
+
+        // What is asked for, in every combination: dx, parameters, accumulated.
+        for wanted in 0..8 {
+            let (input, parameters, accumulate) = (wanted & 1 != 0, wanted & 2 != 0, wanted & 4 != 0);
+            for operation in [Operation::Backward, Operation::BackwardEval] {
+                let (mut dx, mut dz) = (tensors.dx.slice_mut(part.clone()), tensors.dz.slice_mut(part.clone()));
+                let y = tensors.y.slice(part.clone());
+                let mut backward = Backward::new(&x, &z);
+                if input {
+                    backward = backward.dx(&mut dx);
+                }
+                backward = match epilogue {
+                    Epilogue::Identity => backward,
+                    Epilogue::Relu => backward.relu(),
+                    Epilogue::AddRelu => backward.add_relu(&y),
+                };
+                let residual_gradient = epilogue == Epilogue::AddRelu && input;
+                if residual_gradient {
+                    backward = backward.dz(&mut dz)?;
+                }
+                backward = match (parameters, accumulate) {
+                    (true, false) => backward.parameters(&mut gradients),
+                    (true, true) => backward.accumulate_parameters(&mut gradients),
+                    (false, _) => backward,
+                };
+                match operation {
+                    Operation::Backward => bn.backward_with(backward, &mut saved)?,
+                    _ => bn.backward_eval_with(backward, &mut saved)?,
+                }
+                assert_as_planned(
+                    &cuda,
+                    &Problem {
+                        input_gradient: input,
+                        residual_gradient,
+                        parameter_gradients: parameters,
+                        accumulate: accumulate && parameters,
+                        ..problem(operation)
+                    },
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn count_shapes<T: Element>(profile: &str, epilogue: Epilogue) {
+    for (shape, offset) in [
+        (Shape::nchw(4, 3, 8, 16), 0),                  // planes
+        (Shape::nchw(3, 2, 9, 13), 0),                  // planes with edges
+        (Shape::nchw(3, 2, 16, 16), 3),                 // the same, for the address
+        (Shape::nchw(6, 16, 7, 7), 0),                  // columns of planes
+        (Shape::nchw(4, 40, 6, 5).channels_last(), 0),  // columns of pixels
+        (Shape::nchw(5, 3, 4, 3).channels_last(), 1),   // one element at a time
+        (Shape::nchw(40, 2, 16, 16), 0),                // several splits on a small device
+        (Shape::nchw(16, 24, 12, 12).channels_last(), 0),
+    ] {
+        count_all_passes::<T>(profile, shape, epilogue, offset).unwrap();
+    }
+}
+
+#[test]
+fn bytes_are_the_plans_f32() {
+    count_shapes::<f32>("small-75", Epilogue::Identity);
+}
+
+#[test]
+fn bytes_are_the_plans_f16_add_relu() {
+    count_shapes::<f16>("small-90", Epilogue::AddRelu);
+}
+
+#[test]
+fn bytes_are_the_plans_f64_relu() {
+    count_shapes::<f64>("h200", Epilogue::Relu);
+}
+
+/// Bytes of x, y and so on, without vectors per channel: three times the tensor forward, two in evaluation, five backward.
+#[test]
+fn the_general_path_moves_3t_2t_5t() {
+    let shape = Shape::nchw(32, 8, 32, 32);
+    let cuda = device("h200");
+    let mut tensors = Tensors::<f32>::new(&cuda, shape, 0).unwrap();
+    let mut bn = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(8)).unwrap();
+    let mut saved = bn.prepare::<f32>(shape).unwrap();
+    let mut gradients = bn.gradients().unwrap();
+    let tensor = (tensors.len * 4) as f64;
+    let moved = || -> f64 {
+        let launches = emulator::launches(cuda.stream().cu_stream());
+        launches.iter().map(|launch| launch.bytes_loaded + launch.bytes_stored).sum::<u64>() as f64 / tensor
+    };
+    moved();
+    bn.forward_train(&tensors.x, &mut tensors.y, &mut saved).unwrap();
+    let train = moved();
+    bn.forward_eval(shape, &tensors.x, &mut tensors.y).unwrap();
+    let evaluation = moved();
+    bn.backward(&tensors.x, &tensors.z, &mut saved, &mut tensors.dx, &mut gradients).unwrap();
+    let backward = moved();
+    for (times, expected) in [(train, 3.0), (evaluation, 2.0), (backward, 5.0)] {
+        assert!((expected..expected * 1.02).contains(&times), "{times} times the tensor, not {expected}");
+    }
+}
+
+/// The shapes of this file reach every walk, on every profile used.
+#[test]
+fn every_walk_is_counted() {
+    let walk = |shape, offset: u64| {
+        let problem = Problem {
+            alignment: Alignment::of([offset]),
+            ..Problem::new(Operation::Train, shape, batchnorm_cuda::Dtype::F32)
+        };
+        Plan::new(&problem, device("small-75").limits()).unwrap().kernels[0]
+    };
+    assert_eq!(walk(Shape::nchw(4, 3, 8, 16), 0).instantiation.walk, Walk::Planes);
+    assert_eq!(walk(Shape::nchw(3, 2, 9, 13), 0).instantiation.walk, Walk::PlanesWithEdges);
+    assert_eq!(walk(Shape::nchw(3, 2, 16, 16), 12).instantiation.walk, Walk::PlanesWithEdges);
+    assert_eq!(walk(Shape::nchw(6, 16, 7, 7), 0).instantiation.walk, Walk::Columns);
+    assert!(walk(Shape::nchw(40, 2, 16, 16), 0).tiling.splits > 1);
+}
+
+#[test]
+fn passes_allocate_nothing_copy_nothing_and_do_not_wait() {
+    let shape = Shape::nchw(4, 6, 8, 8);
+    // With one stream in the context, cudarc has no events to record.
+    let cuda = on_stream(context("h200").default_stream());
+    let mut tensors = Tensors::<f32>::new(&cuda, shape, 0).unwrap();
+    let mut bn = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(6).momentum(None)).unwrap();
+    let mut saved = bn.prepare::<f32>(shape).unwrap();
+    bn.prepare_eval::<f32>(shape, Epilogue::Identity).unwrap();
+    let mut gradients = bn.gradients().unwrap();
+
+    let before = emulator::thread_calls();
+    bn.forward_train(&tensors.x, &mut tensors.y, &mut saved).unwrap();
+    bn.backward(&tensors.x, &tensors.z, &mut saved, &mut tensors.dx, &mut gradients).unwrap();
+    bn.forward_eval(shape, &tensors.x, &mut tensors.y).unwrap();
+    bn.forward_eval_in_place(shape, &mut tensors.x).unwrap();
+    let after = emulator::thread_calls();
+
+    let expected = emulator::Calls {
+        launches: before.launches + 6,
+        ..before
+    };
+    assert_eq!(after, expected);
+}
