@@ -1,8 +1,8 @@
 // Every access of a kernel to memory passes through here: checked, counted, carried out.
 //
 // There are two ways in. The functions of device.cuh for global memory call stand_in_load and stand_in_store. All other
-// accesses, to shared memory above all, are reported by the compiler's own instrumentation: kernels are compiled for its
-// thread sanitizer, but linked without its runtime, and the __tsan_ functions it would call are those at the end.
+// accesses, to shared memory above all, are reported by the compiler's own instrumentation: kernels are compiled for
+// its thread sanitizer, but linked without its runtime, and the __tsan_ functions it would call are those at the end.
 #include <cstring>
 
 #include "gang.h"
@@ -34,15 +34,16 @@ void count_global(Gang& gang, size_t bytes, Direction direction) {
 
 void check_alignment(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
   if (aligned(address, bytes)) return;
-  fault(thread, CUDA_ERROR_MISALIGNED_ADDRESS, origin, "misaligned %s of %zu bytes: %zu bytes past a multiple", verb(direction),
-        bytes, size_t(address & (bytes - 1)));
+  fault(thread, CUDA_ERROR_MISALIGNED_ADDRESS, origin, "misaligned %s of %zu bytes: %zu bytes past a multiple",
+        verb(direction), bytes, size_t(address & (bytes - 1)));
 }
 
 // A kernel with large arrays of its own may need more stack than there is.
 void check_stack(Thread& thread, Origin origin) {
   const uintptr_t depth = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
   if (depth - reinterpret_cast<uintptr_t>(thread.stack) < STACK_BYTES) return;
-  fault(thread, CUDA_ERROR_LAUNCH_FAILED, origin, "the thread needs more than the stand-in's %zu bytes of stack", size_t(STACK_BYTES));
+  fault(thread, CUDA_ERROR_LAUNCH_FAILED, origin, "the thread needs more than the stand-in's %zu bytes of stack",
+        size_t(STACK_BYTES));
 }
 
 void access_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
@@ -64,8 +65,8 @@ Block& check_shared(Thread& thread, uintptr_t address, size_t bytes, Direction d
   const size_t begin = offset % gang.shared_stride;
   if (begin + bytes > gang.launch().shared_bytes) {
     fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, origin,
-          "%s of %zu bytes of shared memory out of bounds: bytes %zu..%zu of %u", verb(direction), bytes, begin, begin + bytes,
-          gang.launch().shared_bytes);
+          "%s of %zu bytes of shared memory out of bounds: bytes %zu..%zu of %u", verb(direction), bytes, begin,
+          begin + bytes, gang.launch().shared_bytes);
   }
   return owner;
 }
@@ -89,7 +90,8 @@ void expect_own_shared(Thread& thread, const void* pointer, size_t bytes, Direct
 void check_remote(Thread& thread, uintptr_t address, size_t bytes, Direction direction, StandInPlace place) {
   check_alignment(thread, address, bytes, direction, at(place));
   if (!in_shared(*thread.gang, address)) {
-    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "%s of distributed shared memory out of bounds", verb(direction));
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "%s of distributed shared memory out of bounds",
+          verb(direction));
   }
   const Block& owner = check_shared(thread, address, bytes, direction, at(place));
   if (owner.cluster != thread.block->cluster) {
@@ -98,16 +100,18 @@ void check_remote(Thread& thread, uintptr_t address, size_t bytes, Direction dir
   if (&owner == thread.block) return;
   if (thread.cluster_waits == 0) {
     fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place),
-          "%s of another block's shared memory before any cluster barrier: that block may not have begun", verb(direction));
+          "%s of another block's shared memory before any cluster barrier: that block may not have begun",
+          verb(direction));
   }
   if (owner.exited == owner.threads) {
-    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "%s of the shared memory of block %u of the cluster, which has exited",
-          verb(direction), owner.rank);
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place),
+          "%s of the shared memory of block %u of the cluster, which has exited", verb(direction), owner.rank);
   }
 }
 
 // An access that the compiler reported.
-void access_anywhere(const void* pointer, size_t bytes, Direction direction, bool expect_aligned, const void* instruction) {
+void access_anywhere(const void* pointer, size_t bytes, Direction direction, bool expect_aligned,
+                     const void* instruction) {
   Thread* const running = current_thread;
   if (!running) return;
   Thread& thread = *running;
@@ -170,7 +174,8 @@ const void* stand_in_remote(const void* local, unsigned rank, StandInPlace place
   expect_own_shared(thread, local, 0, Direction::LOAD, place);
   const Cluster& cluster = *thread.block->cluster;
   if (rank >= cluster.blocks) {
-    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "there is no block %u in a cluster of %u", rank, cluster.blocks);
+    fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "there is no block %u in a cluster of %u", rank,
+          cluster.blocks);
   }
   const ptrdiff_t blocks_away = ptrdiff_t(rank) - ptrdiff_t(thread.block->rank);
   return static_cast<const unsigned char*>(local) + blocks_away * ptrdiff_t(thread.gang->shared_stride);
@@ -187,14 +192,15 @@ void stand_in_store_remote(void* to, StandInBits value, unsigned bytes, StandInP
   memcpy(to, &value, bytes);
 }
 
-void stand_in_bulk_copy(void* shared, const void* global, unsigned bytes, unsigned long long* barrier, StandInPlace place) {
+void stand_in_bulk_copy(void* shared, const void* global, unsigned bytes, unsigned long long* barrier,
+                        StandInPlace place) {
   Thread& thread = *current_thread;
   Gang& gang = *thread.gang;
   const uintptr_t from = reinterpret_cast<uintptr_t>(global);
   const size_t UNIT = 16;
   if (bytes % UNIT || !aligned(from, UNIT) || !aligned(reinterpret_cast<uintptr_t>(shared), UNIT)) {
-    fault(thread, CUDA_ERROR_MISALIGNED_ADDRESS, at(place), "bulk_copy of %u bytes: size and both addresses must be multiples of 16",
-          bytes);
+    fault(thread, CUDA_ERROR_MISALIGNED_ADDRESS, at(place),
+          "bulk_copy of %u bytes: size and both addresses must be multiples of 16", bytes);
   }
   const uintptr_t key = reinterpret_cast<uintptr_t>(barrier);
   expect_own_shared(thread, shared, bytes, Direction::STORE, place);
@@ -208,24 +214,24 @@ void stand_in_bulk_copy(void* shared, const void* global, unsigned bytes, unsign
   gang.copies.push_back({static_cast<unsigned char*>(shared), global, bytes, key});
 }
 
-#define INSTRUMENTED(BYTES)                                                                              \
-  void __tsan_read##BYTES(void* pointer) {                                                               \
-    access_anywhere(pointer, BYTES, Direction::LOAD, true, __builtin_return_address(0));                 \
-  }                                                                                                      \
-  void __tsan_write##BYTES(void* pointer) {                                                              \
-    access_anywhere(pointer, BYTES, Direction::STORE, true, __builtin_return_address(0));                \
-  }                                                                                                      \
-  void __tsan_unaligned_read##BYTES(void* pointer) {                                                     \
-    access_anywhere(pointer, BYTES, Direction::LOAD, false, __builtin_return_address(0));                \
-  }                                                                                                      \
-  void __tsan_unaligned_write##BYTES(void* pointer) {                                                    \
-    access_anywhere(pointer, BYTES, Direction::STORE, false, __builtin_return_address(0));               \
-  }                                                                                                      \
-  void __tsan_volatile_read##BYTES(void* pointer) {                                                      \
-    access_anywhere(pointer, BYTES, Direction::LOAD, true, __builtin_return_address(0));                 \
-  }                                                                                                      \
-  void __tsan_volatile_write##BYTES(void* pointer) {                                                     \
-    access_anywhere(pointer, BYTES, Direction::STORE, true, __builtin_return_address(0));                \
+#define INSTRUMENTED(BYTES)                                                                \
+  void __tsan_read##BYTES(void* pointer) {                                                 \
+    access_anywhere(pointer, BYTES, Direction::LOAD, true, __builtin_return_address(0));   \
+  }                                                                                        \
+  void __tsan_write##BYTES(void* pointer) {                                                \
+    access_anywhere(pointer, BYTES, Direction::STORE, true, __builtin_return_address(0));  \
+  }                                                                                        \
+  void __tsan_unaligned_read##BYTES(void* pointer) {                                       \
+    access_anywhere(pointer, BYTES, Direction::LOAD, false, __builtin_return_address(0));  \
+  }                                                                                        \
+  void __tsan_unaligned_write##BYTES(void* pointer) {                                      \
+    access_anywhere(pointer, BYTES, Direction::STORE, false, __builtin_return_address(0)); \
+  }                                                                                        \
+  void __tsan_volatile_read##BYTES(void* pointer) {                                        \
+    access_anywhere(pointer, BYTES, Direction::LOAD, true, __builtin_return_address(0));   \
+  }                                                                                        \
+  void __tsan_volatile_write##BYTES(void* pointer) {                                       \
+    access_anywhere(pointer, BYTES, Direction::STORE, true, __builtin_return_address(0));  \
   }
 INSTRUMENTED(1)
 INSTRUMENTED(2)

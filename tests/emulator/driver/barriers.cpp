@@ -11,12 +11,17 @@ unsigned bit(unsigned lane) { return 1u << lane; }
 unsigned source_lane(const Thread& thread) {
   const WarpRequest& request = thread.request;
   switch (request.operation) {
-    case STAND_IN_SHUFFLE_XOR: return (thread.lane ^ request.operand) % WARP_LANES;
-    case STAND_IN_SHUFFLE_DOWN: return thread.lane + request.operand < WARP_LANES ? thread.lane + request.operand : thread.lane;
-    case STAND_IN_SHUFFLE_UP: return thread.lane >= request.operand ? thread.lane - request.operand : thread.lane;
-    case STAND_IN_SHUFFLE_FROM: return request.operand % WARP_LANES;
+    case STAND_IN_SHUFFLE_XOR:
+      return (thread.lane ^ request.operand) % WARP_LANES;
+    case STAND_IN_SHUFFLE_DOWN:
+      return thread.lane + request.operand < WARP_LANES ? thread.lane + request.operand : thread.lane;
+    case STAND_IN_SHUFFLE_UP:
+      return thread.lane >= request.operand ? thread.lane - request.operand : thread.lane;
+    case STAND_IN_SHUFFLE_FROM:
+      return request.operand % WARP_LANES;
     case STAND_IN_WARP_BARRIER:
-    case STAND_IN_BALLOT: break;
+    case STAND_IN_BALLOT:
+      break;
   }
   return thread.lane;
 }
@@ -78,7 +83,8 @@ StandInBits stand_in_warp(StandInWarpOperation operation, unsigned mask, StandIn
     fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "lane %u is not in its own mask 0x%08x", thread.lane, mask);
   }
   if (mask & ~existing) {
-    fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "mask 0x%08x names lanes that a warp of %u threads lacks", mask, warp.lanes);
+    fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "mask 0x%08x names lanes that a warp of %u threads lacks", mask,
+          warp.lanes);
   }
   thread.request = {operation, mask, value, operand};
   thread.place = place;
@@ -125,7 +131,8 @@ void stand_in_grid_barrier(unsigned* counter, StandInPlace place) {
   }
   if (thread.number == 0) stand_in_arrive(counter, place);
   thread.grid_counter = counter;
-  if (gang.grid_arrived > 0 && gang.threads[0].grid_counter != counter && gang.threads[0].state == State::AT_GRID_BARRIER) {
+  if (gang.grid_arrived > 0 && gang.threads[0].grid_counter != counter &&
+      gang.threads[0].state == State::AT_GRID_BARRIER) {
     fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "the blocks meet at different counters");
   }
   if (++gang.grid_arrived < gang.threads.size()) return gang.wait(thread, State::AT_GRID_BARRIER, place);

@@ -105,7 +105,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
 CUresult cuStreamIsCapturing(CUstream handle, unsigned* status) {
   Stream* stream = find_stream(handle);
   if (!stream || !status) return CUDA_ERROR_INVALID_VALUE;
-  *status = !stream->capture              ? CU_STREAM_CAPTURE_STATUS_NONE
+  *status = !stream->capture               ? CU_STREAM_CAPTURE_STATUS_NONE
             : stream->capture->invalidated ? CU_STREAM_CAPTURE_STATUS_INVALIDATED
                                            : CU_STREAM_CAPTURE_STATUS_ACTIVE;
   return CUDA_SUCCESS;

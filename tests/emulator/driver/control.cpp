@@ -56,8 +56,8 @@ CUresult stand_in_take_launches(CUstream handle, void (*each)(const LaunchView*,
     taken.swap(activity.launches);
   }
   for (const LaunchRecord& launch : taken) {
-    const LaunchView view = {launch.kernel.c_str(), launch.grid, launch.block, launch.cluster, launch.shared_bytes,
-                             launch.cooperative, launch.bytes_loaded, launch.bytes_stored};
+    const LaunchView view = {launch.kernel.c_str(), launch.grid,        launch.block,        launch.cluster,
+                             launch.shared_bytes,   launch.cooperative, launch.bytes_loaded, launch.bytes_stored};
     each(&view, user);
   }
   return CUDA_SUCCESS;

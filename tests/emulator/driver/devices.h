@@ -1,4 +1,5 @@
-// The devices that the stand-in presents: described from outside (src/profiles.rs), so that tests and driver read one table.
+// The devices that the stand-in presents: described from outside (src/profiles.rs), so that tests and driver read one
+// table.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// The driver's entry points beside launches and captures. Work is done at once, in the thread that calls: a stream is in
-// order by construction, and everything has finished when a call returns.
+// The driver's entry points beside launches and captures. Work is done at once, in the thread that calls: a stream is
+// in order by construction, and everything has finished when a call returns.
 #include "driver.h"
 
 #include <cstdio>
@@ -55,7 +55,8 @@ CUresult copy(Stream* stream, Call kind, const std::function<void()>& carry_out,
   if (stream && kind == Call::HOST_COPY) status = refuse_in_capture(*stream);
   if (status != CUDA_SUCCESS) return status;
   if (bytes == 0) return CUDA_SUCCESS;
-  if (!context->memory.contains(first, bytes) || !context->memory.contains(second, bytes)) return CUDA_ERROR_INVALID_VALUE;
+  if (!context->memory.contains(first, bytes) || !context->memory.contains(second, bytes))
+    return CUDA_ERROR_INVALID_VALUE;
   if (!stream) {
     count(kind, *context);
     carry_out();
@@ -126,12 +127,14 @@ const ErrorText ERRORS[] = {
     {CUDA_ERROR_INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {CUDA_ERROR_INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
     {CUDA_ERROR_INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
-    {CUDA_ERROR_NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
+    {CUDA_ERROR_NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU",
+     "no kernel image is available for execution on the device"},
     {CUDA_ERROR_UNSUPPORTED_LIMIT, "CUDA_ERROR_UNSUPPORTED_LIMIT", "limit is not supported on this architecture"},
     {CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
      "the provided PTX was compiled with an unsupported toolchain."},
     {CUDA_ERROR_FILE_NOT_FOUND, "CUDA_ERROR_FILE_NOT_FOUND", "file not found"},
-    {CUDA_ERROR_OPERATING_SYSTEM, "CUDA_ERROR_OPERATING_SYSTEM", "OS call failed or operation not supported on this OS"},
+    {CUDA_ERROR_OPERATING_SYSTEM, "CUDA_ERROR_OPERATING_SYSTEM",
+     "OS call failed or operation not supported on this OS"},
     {CUDA_ERROR_INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {CUDA_ERROR_NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {CUDA_ERROR_NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
@@ -148,11 +151,13 @@ const ErrorText ERRORS[] = {
      "operation failed due to a previous error during capture"},
     {CUDA_ERROR_STREAM_CAPTURE_MERGE, "CUDA_ERROR_STREAM_CAPTURE_MERGE",
      "operation would result in a merge of separate capture sequences"},
-    {CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "capture was not ended in the same stream as it began"},
+    {CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED",
+     "capture was not ended in the same stream as it began"},
     {CUDA_ERROR_STREAM_CAPTURE_UNJOINED, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED", "capturing stream has unjoined work"},
     {CUDA_ERROR_STREAM_CAPTURE_ISOLATION, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION",
      "dependency created on uncaptured work in another stream"},
-    {CUDA_ERROR_CAPTURED_EVENT, "CUDA_ERROR_CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream"},
+    {CUDA_ERROR_CAPTURED_EVENT, "CUDA_ERROR_CAPTURED_EVENT",
+     "operation not permitted on an event last recorded in a capturing stream"},
     {CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
      "attempt to terminate a thread-local capture sequence from another thread"},
     {CUDA_ERROR_INVALID_CLUSTER_SIZE, "CUDA_ERROR_INVALID_CLUSTER_SIZE", "cluster configuration is invalid"},
@@ -381,7 +386,9 @@ CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 }
 
 CUresult cuStreamCreate(CUstream* handle, unsigned) { return create_stream(handle, 0); }
-CUresult cuStreamCreateWithPriority(CUstream* handle, unsigned, int priority) { return create_stream(handle, priority); }
+CUresult cuStreamCreateWithPriority(CUstream* handle, unsigned, int priority) {
+  return create_stream(handle, priority);
+}
 
 CUresult cuStreamDestroy_v2(CUstream handle) {
   Stream* stream = stream_handles.remove(handle);
@@ -480,7 +487,8 @@ CUresult cuEventSynchronize(CUevent handle) {
 CUresult cuEventElapsedTime_v2(float* milliseconds, CUevent start_handle, CUevent end_handle) {
   Event* start = event_handles.find(start_handle);
   Event* end = event_handles.find(end_handle);
-  if (!start || !end || !start->timing || !end->timing || !start->recorded || !end->recorded) return CUDA_ERROR_INVALID_HANDLE;
+  if (!start || !end || !start->timing || !end->timing || !start->recorded || !end->recorded)
+    return CUDA_ERROR_INVALID_HANDLE;
   *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
   return CUDA_SUCCESS;
 }
@@ -545,11 +553,17 @@ CUresult cuMemPrefetchAsync_v2(CUdeviceptr, size_t, CUmemLocation, unsigned, CUs
   return on_stream(handle, [](Stream&) { return CUDA_SUCCESS; });
 }
 
-CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t bytes) { return copy_to_device(nullptr, to, from, bytes); }
+CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t bytes) {
+  return copy_to_device(nullptr, to, from, bytes);
+}
 CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t bytes) { return copy_to_host(nullptr, to, from, bytes); }
-CUresult cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes) { return copy_on_device(nullptr, to, from, bytes); }
+CUresult cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes) {
+  return copy_on_device(nullptr, to, from, bytes);
+}
 CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t bytes) { return fill(nullptr, to, value, bytes); }
-CUresult cuMemsetD16_v2(CUdeviceptr to, unsigned short value, size_t words) { return fill_words(nullptr, to, value, words); }
+CUresult cuMemsetD16_v2(CUdeviceptr to, unsigned short value, size_t words) {
+  return fill_words(nullptr, to, value, words);
+}
 CUresult cuMemsetD32_v2(CUdeviceptr to, unsigned value, size_t words) { return fill_words(nullptr, to, value, words); }
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream handle) {
@@ -577,7 +591,8 @@ CUresult cuMemcpyPeerAsync(CUdeviceptr to, CUcontext to_handle, CUdeviceptr from
   Context* from_context = context_handles.find(from_handle);
   if (!to_context || !from_context) return CUDA_ERROR_INVALID_CONTEXT;
   return on_stream(handle, [=](Stream& stream) {
-    if (!to_context->memory.contains(to, bytes) || !from_context->memory.contains(from, bytes)) return CUDA_ERROR_INVALID_VALUE;
+    if (!to_context->memory.contains(to, bytes) || !from_context->memory.contains(from, bytes))
+      return CUDA_ERROR_INVALID_VALUE;
     count(Call::DEVICE_COPY, stream);
     return submit(stream, [=](Stream&) {
       memmove(pointer(to), pointer(from), bytes);
@@ -644,22 +659,43 @@ CUresult cuFuncGetAttribute(int* value, int attribute, CUfunction handle) {
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
   if (!value) return CUDA_ERROR_INVALID_VALUE;
   switch (attribute) {
-    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = int(function->kernel->threads); break;
-    case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = ASSUMED_REGISTERS; break;
+    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+      *value = int(function->kernel->threads);
+      break;
+    case CU_FUNC_ATTRIBUTE_NUM_REGS:
+      *value = ASSUMED_REGISTERS;
+      break;
     case CU_FUNC_ATTRIBUTE_PTX_VERSION:
-    case CU_FUNC_ATTRIBUTE_BINARY_VERSION: *value = function->context->device.compute_capability(); break;
-    case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = function->max_dynamic_shared; break;
-    case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: *value = function->carveout; break;
-    case CU_FUNC_ATTRIBUTE_CLUSTER_SIZE_MUST_BE_SET: *value = function->kernel->cluster != 0; break;
-    case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH: *value = int(function->kernel->cluster); break;
+    case CU_FUNC_ATTRIBUTE_BINARY_VERSION:
+      *value = function->context->device.compute_capability();
+      break;
+    case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
+      *value = function->max_dynamic_shared;
+      break;
+    case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT:
+      *value = function->carveout;
+      break;
+    case CU_FUNC_ATTRIBUTE_CLUSTER_SIZE_MUST_BE_SET:
+      *value = function->kernel->cluster != 0;
+      break;
+    case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH:
+      *value = int(function->kernel->cluster);
+      break;
     case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_HEIGHT:
-    case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_DEPTH: *value = function->kernel->cluster != 0; break;
-    case CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: *value = function->non_portable_cluster; break;
+    case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_DEPTH:
+      *value = function->kernel->cluster != 0;
+      break;
+    case CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED:
+      *value = function->non_portable_cluster;
+      break;
     case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES:
     case CU_FUNC_ATTRIBUTE_CONST_SIZE_BYTES:
     case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES:
-    case CU_FUNC_ATTRIBUTE_CACHE_MODE_CA: *value = 0; break;
-    default: return CUDA_ERROR_INVALID_VALUE;
+    case CU_FUNC_ATTRIBUTE_CACHE_MODE_CA:
+      *value = 0;
+      break;
+    default:
+      return CUDA_ERROR_INVALID_VALUE;
   }
   return CUDA_SUCCESS;
 }
@@ -669,7 +705,8 @@ CUresult cuFuncSetAttribute(CUfunction handle, int attribute, int value) {
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
   switch (attribute) {
     case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
-      if (value < 0 || value > function->context->device.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)) {
+      if (value < 0 ||
+          value > function->context->device.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)) {
         return CUDA_ERROR_INVALID_VALUE;
       }
       function->max_dynamic_shared = value;
@@ -678,8 +715,11 @@ CUresult cuFuncSetAttribute(CUfunction handle, int attribute, int value) {
       if (value < -1 || value > 100) return CUDA_ERROR_INVALID_VALUE;
       function->carveout = value;
       return CUDA_SUCCESS;
-    case CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: function->non_portable_cluster = value != 0; return CUDA_SUCCESS;
-    default: return CUDA_ERROR_INVALID_VALUE;
+    case CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED:
+      function->non_portable_cluster = value != 0;
+      return CUDA_SUCCESS;
+    default:
+      return CUDA_ERROR_INVALID_VALUE;
   }
 }
 
@@ -698,7 +738,8 @@ CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, CUfun
   return CUDA_SUCCESS;
 }
 
-CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction handle, int block_threads, size_t shared_bytes) {
+CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction handle, int block_threads,
+                                                     size_t shared_bytes) {
   return cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, handle, block_threads, shared_bytes, 0);
 }
 
@@ -714,8 +755,9 @@ CUresult cuOccupancyAvailableDynamicSMemPerBlock(size_t* bytes, CUfunction handl
   return CUDA_SUCCESS;
 }
 
-CUresult cuOccupancyMaxPotentialBlockSizeWithFlags(int* grid, int* block, CUfunction handle, CUoccupancyB2DSize shared_of_block,
-                                                   size_t shared_bytes, int block_limit, unsigned) {
+CUresult cuOccupancyMaxPotentialBlockSizeWithFlags(int* grid, int* block, CUfunction handle,
+                                                   CUoccupancyB2DSize shared_of_block, size_t shared_bytes,
+                                                   int block_limit, unsigned) {
   Function* function = function_handles.find(handle);
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
   const Device& device = function->context->device;
@@ -741,32 +783,38 @@ CUresult cuOccupancyMaxPotentialBlockSize(int* grid, int* block, CUfunction hand
 // ---- launches ------------------------------------------------------------------------------------------------------
 
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                        unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** arguments, void**) {
-  return launch(function, stream, {{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, {0, 0, 0}, shared_bytes, false},
-                arguments);
+                        unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** arguments,
+                        void**) {
+  return launch(function, stream,
+                {{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, {0, 0, 0}, shared_bytes, false}, arguments);
 }
 
-CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                                   unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream,
-                                   void** arguments) {
-  return launch(function, stream, {{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, {0, 0, 0}, shared_bytes, true},
-                arguments);
+CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                                   CUstream stream, void** arguments) {
+  return launch(function, stream,
+                {{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, {0, 0, 0}, shared_bytes, true}, arguments);
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* configuration, CUfunction function, void** arguments, void**) {
   if (!configuration) return CUDA_ERROR_INVALID_VALUE;
   const CUlaunchConfig& c = *configuration;
-  LaunchRequest request = {{c.grid_x, c.grid_y, c.grid_z}, {c.block_x, c.block_y, c.block_z}, {0, 0, 0}, c.shared_bytes, false};
+  LaunchRequest request = {
+      {c.grid_x, c.grid_y, c.grid_z}, {c.block_x, c.block_y, c.block_z}, {0, 0, 0}, c.shared_bytes, false};
   for (unsigned i = 0; i < c.attribute_count; i++) {
     const CUlaunchAttribute& attribute = c.attributes[i];
     switch (attribute.id) {
-      case CU_LAUNCH_ATTRIBUTE_IGNORE: break;
-      case CU_LAUNCH_ATTRIBUTE_COOPERATIVE: request.cooperative = attribute.value.cooperative != 0; break;
+      case CU_LAUNCH_ATTRIBUTE_IGNORE:
+        break;
+      case CU_LAUNCH_ATTRIBUTE_COOPERATIVE:
+        request.cooperative = attribute.value.cooperative != 0;
+        break;
       case CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION:
         request.cluster = {attribute.value.cluster.x, attribute.value.cluster.y, attribute.value.cluster.z};
         if (request.cluster.count() == 0) return CUDA_ERROR_INVALID_VALUE;
         break;
-      default: return CUDA_ERROR_NOT_SUPPORTED;
+      default:
+        return CUDA_ERROR_NOT_SUPPORTED;
     }
   }
   return launch(function, c.stream, request, arguments);

@@ -48,13 +48,20 @@ void begin_portable(unsigned body_low, unsigned body_high, unsigned argument_low
 }  // namespace
 
 void fiber_start_portable(Fiber& fiber, void* stack, size_t stack_bytes, FiberBody body, void* argument) {
-  getcontext(&fiber.portable);
-  fiber.portable.uc_stack.ss_sp = stack;
-  fiber.portable.uc_stack.ss_size = stack_bytes;
-  fiber.portable.uc_link = nullptr;
+  if (!fiber.portable) fiber.portable = std::make_unique<ucontext_t>();
+  ucontext_t& context = *fiber.portable;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = stack_bytes;
+  context.uc_link = nullptr;
   const uint64_t body_bits = reinterpret_cast<uintptr_t>(body);
   const uint64_t argument_bits = reinterpret_cast<uintptr_t>(argument);
-  makecontext(&fiber.portable, reinterpret_cast<void (*)()>(&begin_portable), 4, static_cast<unsigned>(body_bits),
+  makecontext(&context, reinterpret_cast<void (*)()>(&begin_portable), 4, static_cast<unsigned>(body_bits),
               static_cast<unsigned>(body_bits >> 32), static_cast<unsigned>(argument_bits),
               static_cast<unsigned>(argument_bits >> 32));
+}
+
+void fiber_switch_portable(Fiber& from, Fiber& to) {
+  if (!from.portable) from.portable = std::make_unique<ucontext_t>();
+  swapcontext(from.portable.get(), to.portable.get());
 }

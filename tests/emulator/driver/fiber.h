@@ -6,12 +6,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include <ucontext.h>
 
 struct Fiber {
   void* stack_pointer = nullptr;
-  ucontext_t portable;
+  std::unique_ptr<ucontext_t> portable;  // large, so only where it is used
 };
 
 typedef void (*FiberBody)(void* argument);
@@ -20,7 +21,8 @@ typedef void (*FiberBody)(void* argument);
 enum : bool { HAVE_NATIVE_FIBERS = true };
 
 extern "C" {
-// Saves the running fiber's registers on its stack, that stack's top in *from, and goes on with the one whose top is `to`.
+// Saves the running fiber's registers on its stack, that stack's top in *from, and goes on with the one whose top is
+// `to`.
 void stand_in_fiber_switch(void** from, void* to);
 // Where a fresh fiber begins: calls its body with its argument. See fiber_start for the registers.
 void stand_in_fiber_begin();
@@ -30,6 +32,7 @@ enum : bool { HAVE_NATIVE_FIBERS = false };
 #endif
 
 void fiber_start_portable(Fiber& fiber, void* stack, size_t stack_bytes, FiberBody body, void* argument);
+void fiber_switch_portable(Fiber& from, Fiber& to);
 
 // Prepares a fiber that begins with body(argument), which must not return.
 inline void fiber_start(Fiber& fiber, void* stack, size_t stack_bytes, FiberBody body, void* argument, bool portable) {
@@ -60,5 +63,5 @@ inline void fiber_switch(Fiber& from, Fiber& to, bool portable) {
   }
 #endif
   (void)portable;
-  swapcontext(&from.portable, &to.portable);
+  fiber_switch_portable(from, to);
 }

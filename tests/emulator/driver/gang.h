@@ -140,7 +140,7 @@ struct Gang {
   void start_blocks(uint64_t first_block);
   void report_deadlock();
 
-  Fiber home_;  // run()'s own
+  Fiber home_;                  // run()'s own
   std::vector<Thread*> ready_;  // a ring with room for every thread
   size_t ready_first_ = 0, ready_count_ = 0;
   char* stacks_ = nullptr;

@@ -1,6 +1,8 @@
-// Handles that may be wrong: a driver gets them from C, and answers a stale or invented one with an error, not with a crash.
+// Handles that may be wrong: a driver gets them from C, and answers a stale or invented one with an error, not with a
+// crash.
 //
-// A handle is a slot number with a generation, dressed up as a pointer. Looking one up takes no lock, for launches do it.
+// A handle is a slot number with a generation, dressed up as a pointer. Looking one up takes no lock, for launches do
+// it.
 #pragma once
 
 #include <atomic>

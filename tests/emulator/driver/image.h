@@ -1,5 +1,5 @@
-// What the stand-in NVRTC calls a cubin: a shared object with a trailer, by which the driver recognises its own images and
-// notices damaged ones.
+// What the stand-in NVRTC calls a cubin: a shared object with a trailer, by which the driver recognises its own images
+// and notices damaged ones.
 #pragma once
 
 #include <cstddef>

@@ -27,8 +27,10 @@ CUresult check_cluster(const Function& function, const LaunchRequest& request, E
   if (function.kernel->cluster && (cluster.x != function.kernel->cluster || cluster.y != 1 || cluster.z != 1)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  if (blocks > (function.non_portable_cluster ? LARGEST_CLUSTER : PORTABLE_CLUSTER)) return CUDA_ERROR_INVALID_CLUSTER_SIZE;
-  if (request.grid.x % cluster.x || request.grid.y % cluster.y || request.grid.z % cluster.z) return CUDA_ERROR_INVALID_VALUE;
+  if (blocks > (function.non_portable_cluster ? LARGEST_CLUSTER : PORTABLE_CLUSTER))
+    return CUDA_ERROR_INVALID_CLUSTER_SIZE;
+  if (request.grid.x % cluster.x || request.grid.y % cluster.y || request.grid.z % cluster.z)
+    return CUDA_ERROR_INVALID_VALUE;
   return CUDA_SUCCESS;
 }
 
@@ -41,7 +43,8 @@ CUresult check(const Function& function, const LaunchRequest& request, Extent3 c
     return CUDA_ERROR_INVALID_VALUE;
   }
   const uint64_t threads = request.block.count();
-  if (threads > uint64_t(device.attribute(CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK)) || threads > function.kernel->threads) {
+  if (threads > uint64_t(device.attribute(CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK)) ||
+      threads > function.kernel->threads) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   if (request.shared_bytes > unsigned(function.max_dynamic_shared)) return CUDA_ERROR_INVALID_VALUE;
@@ -63,8 +66,8 @@ void record(Stream& stream, LaunchRecord entry) {
   activity.launches.push_back(std::move(entry));
 }
 
-CUresult run(Stream& stream, const StandInKernel& kernel, const Image& image, const LaunchRequest& request, Extent3 cluster,
-             void** arguments) {
+CUresult run(Stream& stream, const StandInKernel& kernel, const Image& image, const LaunchRequest& request,
+             Extent3 cluster, void** arguments) {
   const KernelOutcome outcome = run_kernel({&kernel, &image, request.grid, request.block, cluster, request.shared_bytes,
                                             request.cooperative, arguments, stream.context->memory.map()});
   if (outcome.status != CUDA_SUCCESS) {
@@ -90,7 +93,9 @@ int resident_blocks(const Function& function, uint64_t block_threads, size_t sha
   blocks = std::min(blocks, uint64_t(device.attribute(CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)) / threads);
   blocks = std::min(blocks, uint64_t(device.attribute(CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR)) /
                                 (threads * ASSUMED_REGISTERS));
-  if (shared) blocks = std::min(blocks, uint64_t(device.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)) / shared);
+  if (shared)
+    blocks =
+        std::min(blocks, uint64_t(device.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)) / shared);
   return int(blocks);
 }
 

@@ -21,8 +21,8 @@ const unsigned char POISON = 0xff;  // NaN in every floating-point type
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
-// A file of poison in memory. Mapped privately, it fills an allocation of any size without touching a page of it: tensors
-// of many gigabytes cost nothing until somebody writes.
+// A file of poison in memory. Mapped privately, it fills an allocation of any size without touching a page of it:
+// tensors of many gigabytes cost nothing until somebody writes.
 class PoisonFile {
  public:
   static const size_t BYTES = 16 << 20;
@@ -40,7 +40,8 @@ class PoisonFile {
   bool cover(char* at, size_t bytes) const {
     for (size_t done = 0; done < bytes; done += BYTES) {
       const size_t part = std::min(BYTES, bytes - done);
-      void* mapped = mmap(at + done, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, descriptor_, 0);
+      void* mapped =
+          mmap(at + done, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, descriptor_, 0);
       if (mapped == MAP_FAILED) return false;
     }
     return true;

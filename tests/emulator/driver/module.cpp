@@ -58,7 +58,7 @@ int find_extent(dl_phdr_info* info, size_t, void* data) {
   Extent* extent = static_cast<Extent*>(data);
   if (!info->dlpi_name || strcmp(info->dlpi_name, extent->path) != 0) return 0;
   for (int i = 0; i < info->dlpi_phnum; i++) {
-    const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+    const ElfW(Phdr) & segment = info->dlpi_phdr[i];
     const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
     // What can be written to is no constant: kernels have no business there.
     if (segment.p_type != PT_LOAD || (segment.p_flags & PF_W)) continue;
@@ -130,7 +130,8 @@ std::string Image::line_of(const void* instruction) const {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(instruction) - 1 - begin_;
   if (!instruction || offset >= size_) return "";
   char command[128];
-  snprintf(command, sizeof command, "addr2line -s -e /proc/%d/fd/%d 0x%" PRIxPTR " 2>/dev/null", getpid(), descriptor_, offset);
+  snprintf(command, sizeof command, "addr2line -s -e /proc/%d/fd/%d 0x%" PRIxPTR " 2>/dev/null", getpid(), descriptor_,
+           offset);
   FILE* output = popen(command, "r");
   if (!output) return "";
   char line[512] = "";

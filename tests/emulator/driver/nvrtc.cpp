@@ -1,7 +1,7 @@
 // The stand-in NVRTC: hands the very source and options it got to the C++ compiler of the host.
 //
-// A "cubin" is the shared object that comes back (image.h). It is kept in a directory under a key of everything that went
-// into it, so that a source is compiled once, whatever number of processes ask for it.
+// A "cubin" is the shared object that comes back (image.h). It is kept in a directory under a key of everything that
+// went into it, so that a source is compiled once, whatever number of processes ask for it.
 #include <fcntl.h>
 #include <spawn.h>
 #include <sys/stat.h>
@@ -187,21 +187,34 @@ bool take_value(const std::vector<std::string>& list, size_t& i, const char* nam
 
 // What concerns a GPU's code only, and what asks for the arithmetic that the stand-in has anyway.
 bool means_nothing_here(const std::string& option) {
-  static const char* const EXACT[] = {
-      "--fmad=false", "-fmad=false", "-default-device", "--device-as-default-execution-space", "--std=c++17", "-std=c++17",
-      "--prec-div=true", "--prec-sqrt=true", "--ftz=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "--restrict",
-      "-restrict", "--generate-line-info", "-lineinfo", "--device-debug", "-G", "--disable-warnings", "-w"};
-  static const char* const PREFIXES[] = {"--maxrregcount=", "-maxrregcount=", "--diag-suppress=", "-diag-suppress=",
-                                         "--ptxas-options=", "-Xptxas=", "--extra-device-vectorization"};
+  static const char* const EXACT[] = {"--fmad=false",         "-fmad=false",
+                                      "-default-device",      "--device-as-default-execution-space",
+                                      "--std=c++17",          "-std=c++17",
+                                      "--prec-div=true",      "--prec-sqrt=true",
+                                      "--ftz=false",          "-prec-div=true",
+                                      "-prec-sqrt=true",      "-ftz=false",
+                                      "--restrict",           "-restrict",
+                                      "--generate-line-info", "-lineinfo",
+                                      "--device-debug",       "-G",
+                                      "--disable-warnings",   "-w"};
+  static const char* const PREFIXES[] = {"--maxrregcount=",
+                                         "-maxrregcount=",
+                                         "--diag-suppress=",
+                                         "-diag-suppress=",
+                                         "--ptxas-options=",
+                                         "-Xptxas=",
+                                         "--extra-device-vectorization"};
   return std::any_of(std::begin(EXACT), std::end(EXACT), [&](const char* known) { return option == known; }) ||
-         std::any_of(std::begin(PREFIXES), std::end(PREFIXES), [&](const char* known) { return starts_with(option, known); });
+         std::any_of(std::begin(PREFIXES), std::end(PREFIXES),
+                     [&](const char* known) { return starts_with(option, known); });
 }
 
 bool read_architecture(const std::string& value, Options* options) {
   options->real_architecture = starts_with(value, "sm_");
   if (!options->real_architecture && !starts_with(value, "compute_")) return false;
   options->architecture = atoi(value.c_str() + value.find('_') + 1);
-  return std::find(std::begin(ARCHITECTURES), std::end(ARCHITECTURES), options->architecture) != std::end(ARCHITECTURES);
+  return std::find(std::begin(ARCHITECTURES), std::end(ARCHITECTURES), options->architecture) !=
+         std::end(ARCHITECTURES);
 }
 
 // False where NVRTC would refuse, or where the stand-in could not keep what the option promises (fast mathematics).
@@ -235,7 +248,8 @@ std::vector<std::string> compile_command(const Options& options) {
   // fma_rn is the only fused multiply-add, as with --fmad=false on a GPU. Debugging information is for line numbers; in
   // its fifth version, addr2line of binutils 2.40 takes file names for each other. Stacks
   // have 64 KiB.
-  for (const char* flag : {"-x", "c++", "-std=c++17", "-c", "-O1", "-g1", "-gdwarf-4", "-Werror=frame-larger-than=32768", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",
+  for (const char* flag : {"-x", "c++", "-std=c++17", "-c", "-O1", "-g1", "-gdwarf-4",
+                           "-Werror=frame-larger-than=32768", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",
                            "-fno-rtti", "-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=thread", "-pipe"}) {
     command.push_back(flag);
   }
@@ -254,7 +268,8 @@ std::vector<std::string> compile_command(const Options& options) {
   return command;
 }
 
-// What the compiler gets: the source under the name that its author gave it, and the architecture, for the driver to see.
+// What the compiler gets: the source under the name that its author gave it, and the architecture, for the driver to
+// see.
 std::string unit_of(const Program& program) {
   std::string name;
   for (const char c : program.name) {
@@ -263,17 +278,20 @@ std::string unit_of(const Program& program) {
   }
   return "extern \"C\" __attribute__((visibility(\"default\"))) const unsigned stand_in_architecture;\n"
          "const unsigned stand_in_architecture = STAND_IN_ARCH;\n"
-         "#line 1 \"" + name + "\"\n" + program.source;
+         "#line 1 \"" +
+         name + "\"\n" + program.source;
 }
 
 std::string key_of(const std::vector<std::string>& command, const std::string& unit) {
   std::string everything = compiler().identity;
   for (const std::string& word : command) everything += '\0' + word;
-  for (const char* header : {"/stand_in_abi.h", "/stand_in_device.h"}) everything += '\0' + read_file(configuration.include + header);
+  for (const char* header : {"/stand_in_abi.h", "/stand_in_device.h"})
+    everything += '\0' + read_file(configuration.include + header);
   everything += '\0' + unit;
   char key[40];
   // Two hashes from different beginnings: 128 bits, so that no two sources share an image.
-  snprintf(key, sizeof key, "%016llx%016llx", static_cast<unsigned long long>(hash_bytes(everything.data(), everything.size())),
+  snprintf(key, sizeof key, "%016llx%016llx",
+           static_cast<unsigned long long>(hash_bytes(everything.data(), everything.size())),
            static_cast<unsigned long long>(hash_bytes(everything.data(), everything.size(), 0x9e3779b97f4a7c15u)));
   return key;
 }
@@ -355,14 +373,22 @@ void stand_in_set_nvrtc_version(int major, int minor) {
 
 const char* nvrtcGetErrorString(nvrtcResult result) {
   switch (result) {
-    case NVRTC_SUCCESS: return "NVRTC_SUCCESS";
-    case NVRTC_ERROR_OUT_OF_MEMORY: return "NVRTC_ERROR_OUT_OF_MEMORY";
-    case NVRTC_ERROR_PROGRAM_CREATION_FAILURE: return "NVRTC_ERROR_PROGRAM_CREATION_FAILURE";
-    case NVRTC_ERROR_INVALID_INPUT: return "NVRTC_ERROR_INVALID_INPUT";
-    case NVRTC_ERROR_INVALID_PROGRAM: return "NVRTC_ERROR_INVALID_PROGRAM";
-    case NVRTC_ERROR_INVALID_OPTION: return "NVRTC_ERROR_INVALID_OPTION";
-    case NVRTC_ERROR_COMPILATION: return "NVRTC_ERROR_COMPILATION";
-    case NVRTC_ERROR_INTERNAL_ERROR: return "NVRTC_ERROR_INTERNAL_ERROR";
+    case NVRTC_SUCCESS:
+      return "NVRTC_SUCCESS";
+    case NVRTC_ERROR_OUT_OF_MEMORY:
+      return "NVRTC_ERROR_OUT_OF_MEMORY";
+    case NVRTC_ERROR_PROGRAM_CREATION_FAILURE:
+      return "NVRTC_ERROR_PROGRAM_CREATION_FAILURE";
+    case NVRTC_ERROR_INVALID_INPUT:
+      return "NVRTC_ERROR_INVALID_INPUT";
+    case NVRTC_ERROR_INVALID_PROGRAM:
+      return "NVRTC_ERROR_INVALID_PROGRAM";
+    case NVRTC_ERROR_INVALID_OPTION:
+      return "NVRTC_ERROR_INVALID_OPTION";
+    case NVRTC_ERROR_COMPILATION:
+      return "NVRTC_ERROR_COMPILATION";
+    case NVRTC_ERROR_INTERNAL_ERROR:
+      return "NVRTC_ERROR_INTERNAL_ERROR";
   }
   return "NVRTC_ERROR unknown";
 }
@@ -386,8 +412,8 @@ nvrtcResult nvrtcGetSupportedArchs(int* architectures) {
   return NVRTC_SUCCESS;
 }
 
-nvrtcResult nvrtcCreateProgram(void** handle, const char* source, const char* name, int header_count, const char* const*,
-                               const char* const*) {
+nvrtcResult nvrtcCreateProgram(void** handle, const char* source, const char* name, int header_count,
+                               const char* const*, const char* const*) {
   if (!handle || !source || header_count < 0) return NVRTC_ERROR_INVALID_INPUT;
   // Sources come flattened: there is nothing to include.
   if (header_count > 0) return NVRTC_ERROR_PROGRAM_CREATION_FAILURE;

@@ -15,8 +15,8 @@ thread_local Thread* current_thread = nullptr;
 
 namespace {
 
-const size_t SHARED_ALIGNMENT = 16;              // all that shared_memory() promises
-const size_t SHARED_MARGIN = 256;                // between the shared memory of two blocks
+const size_t SHARED_ALIGNMENT = 16;  // all that shared_memory() promises
+const size_t SHARED_MARGIN = 256;    // between the shared memory of two blocks
 const unsigned char POISON = 0xff;
 
 std::atomic<bool> portable_fibers{false};
@@ -32,12 +32,14 @@ class GangPool {
     return gang;
   }
   void put_back(std::unique_ptr<Gang> gang) {
+    if (gang->threads.size() > LARGEST_KEPT) return;  // of a large cooperative launch: more memory than it is worth
     std::lock_guard<std::mutex> lock(mutex_);
     if (idle_.size() < KEPT) idle_.push_back(std::move(gang));
   }
 
  private:
   static const size_t KEPT = 16;
+  static const size_t LARGEST_KEPT = 16384;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Gang>> idle_;
 };
@@ -68,13 +70,20 @@ std::string text_of(StandInIndex index) {
 
 const char* text_of(State state) {
   switch (state) {
-    case State::READY: return "can run";
-    case State::AT_WARP_OPERATION: return "at a shuffle, ballot or warp barrier";
-    case State::AT_BLOCK_BARRIER: return "at a block barrier";
-    case State::AT_CLUSTER_WAIT: return "waiting for the cluster";
-    case State::AT_GRID_BARRIER: return "at a grid barrier";
-    case State::AT_MBARRIER: return "waiting for an mbarrier";
-    case State::EXITED: return "exited";
+    case State::READY:
+      return "can run";
+    case State::AT_WARP_OPERATION:
+      return "at a shuffle, ballot or warp barrier";
+    case State::AT_BLOCK_BARRIER:
+      return "at a block barrier";
+    case State::AT_CLUSTER_WAIT:
+      return "waiting for the cluster";
+    case State::AT_GRID_BARRIER:
+      return "at a grid barrier";
+    case State::AT_MBARRIER:
+      return "waiting for an mbarrier";
+    case State::EXITED:
+      return "exited";
   }
   return "";
 }
@@ -144,7 +153,8 @@ bool Gang::prepare(LaunchState& launch_state, unsigned block_count) {
   const size_t stacks_needed = STACK_SLACK + thread_count * STACK_STRIDE;
   if (stacks_needed > stacks_bytes_) {
     if (stacks_) munmap(stacks_, stacks_bytes_);
-    void* mapped = mmap(nullptr, stacks_needed, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* mapped =
+        mmap(nullptr, stacks_needed, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     stacks_bytes_ = 0;
     stacks_ = nullptr;
     if (mapped == MAP_FAILED) return false;
@@ -281,7 +291,8 @@ void Gang::report_deadlock() {
     if (thread.state != State::EXITED) what += " (" + text_of(thread.place) + ")";
     counts[what]++;
   }
-  std::string message = std::string("kernel ") + launch().kernel->name + ": deadlock in block " + text_of(stuck->index) + ":";
+  std::string message =
+      std::string("kernel ") + launch().kernel->name + ": deadlock in block " + text_of(stuck->index) + ":";
   const char* separator = " ";
   for (const auto& entry : counts) {
     message += separator + std::to_string(entry.second) + " threads " + entry.first;

@@ -1,4 +1,5 @@
-// Runs a kernel as a GPU would: every CUDA thread on its own, warps, blocks, clusters and grids meeting at their barriers.
+// Runs a kernel as a GPU would: every CUDA thread on its own, warps, blocks, clusters and grids meeting at their
+// barriers.
 //
 // Each thread is a fiber. The blocks of a cluster (of the whole grid, where the launch is cooperative) live at the same
 // time and make a gang, which one thread of the host runs; gangs come one after another, or side by side on several

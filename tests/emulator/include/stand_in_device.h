@@ -1,5 +1,6 @@
-// The host half of kernels/device.cuh: the same names with the same meaning, for kernels that run in the stand-in driver.
-// device.cuh includes it after its types (u8 .. i64, f16, bf16, Vector, WARP); every kernel is then ordinary C++17.
+// The host half of kernels/device.cuh: the same names with the same meaning, for kernels that run in the stand-in
+// driver. device.cuh includes it after its types (u8 .. i64, f16, bf16, Vector, WARP); every kernel is then ordinary
+// C++17.
 #pragma once
 
 #include "stand_in_abi.h"
@@ -12,18 +13,19 @@
 #define blockDim (stand_in_block_size())
 #define gridDim (stand_in_grid_size())
 
-// The last parameters of a function that tells the driver where it was called from: both have the call as their default.
+// The last parameters of a function that tells the driver where it was called from: both have the call as their
+// default.
 #define STAND_IN_CALLER const char *file = __builtin_FILE(), u32 line = __builtin_LINE()
 
-// The argument is copied to the thread's own stack, as a GPU gives every thread the launch's own copy. The copying itself
-// is no access of the kernel's, hence not instrumented.
-#define STAND_IN_KERNEL(name, Arguments, THREADS, CLUSTER)                                                       \
-  static void name(const Arguments arguments);                                                                   \
-  __attribute__((no_sanitize("thread"))) static void stand_in_run_##name(void** list) {                          \
-    name(*(const Arguments*)list[0]);                                                                            \
-  }                                                                                                              \
-  extern "C" __attribute__((visibility("default"))) const StandInKernel stand_in_kernel_##name = {               \
-      #name, stand_in_run_##name, THREADS, CLUSTER, sizeof(Arguments)};                                          \
+// The argument is copied to the thread's own stack, as a GPU gives every thread the launch's own copy. The copying
+// itself is no access of the kernel's, hence not instrumented.
+#define STAND_IN_KERNEL(name, Arguments, THREADS, CLUSTER)                                                        \
+  static void name(const Arguments arguments);                                                                    \
+  __attribute__((no_sanitize("thread"))) static void stand_in_run_##name(void** list) {                           \
+    name(*(const Arguments*)list[0]);                                                                             \
+  }                                                                                                               \
+  extern "C" __attribute__((visibility("default")))                                                               \
+  const StandInKernel stand_in_kernel_##name = {#name, stand_in_run_##name, THREADS, CLUSTER, sizeof(Arguments)}; \
   static void name(const Arguments arguments)
 
 #define KERNEL(name, Arguments, THREADS) STAND_IN_KERNEL(name, Arguments, THREADS, 0)
@@ -76,9 +78,9 @@ DEVICE float to_real(f16 x) {
   const u32 sign = (u32)(x.bits & 0x8000u) << 16;
   const u32 exponent = x.bits >> 10 & 0x1fu;
   const u32 fraction = x.bits & 0x3ffu;
-  if (exponent == 0x1fu) return bits_as_float(sign | 0x7f800000u | fraction << 13);           // infinity, NaN
+  if (exponent == 0x1fu) return bits_as_float(sign | 0x7f800000u | fraction << 13);  // infinity, NaN
   if (exponent != 0) return bits_as_float(sign | (exponent + 127 - 15) << 23 | fraction << 13);
-  const float magnitude = (float)fraction * 0x1p-24f;                                         // zero, subnormal: exact
+  const float magnitude = (float)fraction * 0x1p-24f;  // zero, subnormal: exact
   return sign ? -magnitude : magnitude;
 }
 DEVICE float to_real(bf16 x) { return bits_as_float((u32)x.bits << 16); }
@@ -112,9 +114,7 @@ DEVICE void from_real(float x, f16& out) {
   }
   out.bits = (u16)(sign | rounded);
 }
-DEVICE void from_real(float x, bf16& out) {
-  out.bits = x != x ? (u16)0x7fff : (u16)round_off(float_as_bits(x), 16);
-}
+DEVICE void from_real(float x, bf16& out) { out.bits = x != x ? (u16)0x7fff : (u16)round_off(float_as_bits(x), 16); }
 
 // ---- global memory -------------------------------------------------------------------------------------------------
 

@@ -1,23 +1,23 @@
-//! A stand-in for the CUDA driver and for NVRTC: this project's kernel sources run on the CPU, on a machine without a GPU,
-//! with `cudarc`'s calls unmodified.
+//! A stand-in for the CUDA driver and for NVRTC: this project's kernel sources run on the CPU, on a machine without a
+//! GPU, with `cudarc`'s calls unmodified.
 //!
-//! [`install`] loads two libraries, `libcuda` and `libnvrtc`, before `cudarc` looks for them; from then on the process has
-//! one device for each of the [`PROFILES`], and a test picks its device by its ordinal:
+//! [`install`] loads two libraries, `libcuda` and `libnvrtc`, before `cudarc` looks for them; from then on the
+//! process has one device for each of the [`PROFILES`], and a test picks its device by its ordinal:
 //!
 //! ```no_run
 //! emulator::install();
 //! // CudaContext::new(emulator::ordinal("small-90"))
 //! ```
 //!
-//! Work is done in the thread that calls, at once. Every access of a kernel to memory is checked; what a kernel does wrong
-//! makes its launch fail, and [`last_fault`] tells what it was. Beside CUDA's own interface, the functions here tell what
-//! was launched ([`launches`]), what was called ([`thread_calls`]) and what is allocated ([`live_memory`]), and set what a
-//! real machine would fix.
+//! Work is done in the thread that calls, at once. Every access of a kernel to memory is checked; what a kernel does
+//! wrong makes its launch fail, and [`last_fault`] tells what it was. Beside CUDA's own interface, the functions here
+//! tell what was launched ([`launches`]), what was called ([`thread_calls`]) and what is allocated ([`live_memory`]),
+//! and set what a real machine would fix.
 //!
-//! Handles are passed as the raw pointers that `cudarc` gives (`CudaStream::cu_stream`, `CudaContext::cu_ctx`). The null
-//! stream is that of the calling thread's current context. As all tests of a process share the context of a device and its
-//! null stream, that stream's launches and calls are kept for each thread apart; a test that counts what belongs to a
-//! context makes its own by [`create_context`].
+//! Handles are passed as the raw pointers that `cudarc` gives (`CudaStream::cu_stream`, `CudaContext::cu_ctx`). The
+//! null stream is that of the calling thread's current context. As all tests of a process share the context of a
+//! device and its null stream, that stream's launches and calls are kept for each thread apart; a test that counts
+//! what belongs to a context makes its own by [`create_context`].
 //!
 //! It is for Linux. Elsewhere the crate compiles, and [`install`] panics.
 

@@ -1,12 +1,10 @@
 //! The stand-in libraries from Rust's side: loading them, and calling what they export beside CUDA's interface.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
-use crate::profiles::PROFILES;
-
-/// What a stream, a context or a thread was asked to do, by kind. Calls are counted when they are made, also those that a
-/// capture only notes or that fail later on.
+/// What a stream, a context or a thread was asked to do, by kind. Calls are counted when they are made, also those
+/// that a capture only notes or that fail later on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Calls {
@@ -113,7 +111,10 @@ struct Library {
 
 #[cfg(target_os = "linux")]
 mod loading {
+    use std::ffi::CString;
+
     use super::*;
+    use crate::profiles::PROFILES;
     use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_NOW};
 
     fn open(name: &str) -> Handle {
@@ -133,7 +134,8 @@ mod loading {
     }
 
     pub(super) fn load() -> Library {
-        // Kernels find the driver's functions in the global scope; the other names are libraries that refer to the first.
+        // Kernels find the driver's functions in the global scope; the other names are libraries that refer to the
+        // first.
         let driver = open("libcuda.so");
         let nvrtc = open("libnvrtc.so");
         for alias in ["libcuda.so.1", "libnvrtc.so.13", "libnvrtc.so.12"] {
@@ -319,8 +321,8 @@ pub fn set_memory_limit<C>(context: *mut C, bytes: usize) {
     check("set_memory_limit", status);
 }
 
-/// Whether launches in this context return at once: nothing is checked, run or written down. For measuring what a launch
-/// costs the host.
+/// Whether launches in this context return at once: nothing is checked, run or written down. For measuring what a
+/// launch costs the host.
 ///
 /// # Panics
 ///
@@ -349,8 +351,8 @@ pub fn create_context(ordinal: usize) -> *mut c_void {
     context
 }
 
-/// What a kernel did wrong in the last launch of the calling thread that failed, if one did since the last call: kernel,
-/// source line, block and thread, and what it was.
+/// What a kernel did wrong in the last launch of the calling thread that failed, if one did since the last call:
+/// kernel, source line, block and thread, and what it was.
 pub fn last_fault() -> Option<String> {
     extern "C" fn each(text: *const c_char, fault: *mut c_void) {
         // SAFETY: the driver passes a C string that lives during this call, and back what was passed to it below.
@@ -395,8 +397,8 @@ pub fn set_no_device(none: bool) {
     unsafe { (library().set_no_device)(none) }
 }
 
-/// Whether launches switch between CUDA threads by the C library's `swapcontext` rather than by the stand-in's own code,
-/// where it has such code (x86-64). Slower; it is what other processors use.
+/// Whether launches switch between CUDA threads by the C library's `swapcontext` rather than by the stand-in's own
+/// code, where it has such code (x86-64). Slower; it is what other processors use.
 pub fn use_portable_fibers(portable: bool) {
     // SAFETY: a boolean is passed.
     unsafe { (library().use_portable_fibers)(portable) }

@@ -69,7 +69,7 @@ const T4: Profile = Profile {
     shared_per_multiprocessor: 64 << 10,
     shared_reserved_per_block: 0,
     l2_bytes: 4 << 20,
-    memory_bytes: 15_109 << 20,
+    memory_bytes: 15_843_721_216,
     registers: 64 << 10,
     threads_per_multiprocessor: 1024,
     blocks_per_multiprocessor: 16,
@@ -135,7 +135,7 @@ const B200: Profile = Profile {
     blocks_per_multiprocessor: 32,
     clock_khz: 1_965_000,
     memory_clock_khz: 3_996_000,
-    memory_bus_bits: 8192,
+    memory_bus_bits: 7680,
     clusters: true,
 };
 

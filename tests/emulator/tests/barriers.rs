@@ -1,5 +1,7 @@
 //! Warps and blocks: what shuffles give, where threads meet, and what is said of those that never do.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use cudarc::driver::sys::CUresult;
@@ -84,7 +86,8 @@ fn a_warp_barrier_orders_shared_memory() {
 #[test]
 fn a_block_barrier_orders_shared_memory() {
     let body = "u32* s = (u32*)shared_memory(); u32 result = 0; \
-                for (u32 round = 0; round < 5; round++) { s[i] = i + round; block_barrier(); result += s[(i + 500) % 1000]; block_barrier(); }";
+                for (u32 round = 0; round < 5; round++) \
+                { s[i] = i + round; block_barrier(); result += s[(i + 500) % 1000]; block_barrier(); }";
     assert_eq!(
         numbers(1000, body),
         (0..1000).map(|i| (i + 500) % 1000 * 5 + 10).collect::<Vec<u32>>()

@@ -1,5 +1,7 @@
 //! Clusters: distributed shared memory, their barrier, asynchronous copies, and grids that wait for each other.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use std::ffi::c_void;

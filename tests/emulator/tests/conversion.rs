@@ -1,5 +1,7 @@
 //! Conversion of half-precision numbers agrees with the `half` crate, bit by bit.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use support::*;
@@ -25,8 +27,8 @@ CONVERSIONS(f16)
 CONVERSIONS(bf16)
 ";
 
-/// Every float whose upper 19 bits are anything and whose lower 13 are next to where rounding changes: for f16 the lower
-/// 13 are what a normal number loses, and for bf16 and for subnormals they are the tail that decides a tie.
+/// Every float whose upper 19 bits are anything and whose lower 13 are next to where rounding changes: for f16 the
+/// lower 13 are what a normal number loses, and for bf16 and for subnormals they are the tail that decides a tie.
 fn floats() -> Vec<f32> {
     let tails = [0u32, 1, 0x0fff, 0x1000, 0x1001, 0x1fff];
     (0..1u32 << 19)

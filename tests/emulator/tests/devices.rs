@@ -1,5 +1,7 @@
 //! The devices are what their profiles say, under every name a library may be asked for; and many can be used at once.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use cudarc::driver::CudaContext;

@@ -1,5 +1,7 @@
 //! What a kernel does wrong to memory makes its launch fail, and the message says where and what.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use std::sync::Arc;
@@ -8,8 +10,8 @@ use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, CudaStream};
 use support::*;
 
-/// Launches one kernel in one block of 64 threads with 256 bytes of shared memory, `a` being 100 floats; gives the error
-/// and the message.
+/// Launches one kernel in one block of 64 threads with 256 bytes of shared memory, `a` being 100 floats; gives the
+/// error and the message.
 fn fault_of(body: &str) -> (CUresult, String) {
     let (context, stream) = device("h200");
     fault_in(&context, &stream, body)

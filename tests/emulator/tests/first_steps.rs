@@ -1,5 +1,7 @@
 //! The way that every user of the stand-in takes: context, NVRTC, module, launch, result, and what was written down.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use support::*;

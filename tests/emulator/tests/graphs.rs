@@ -1,5 +1,7 @@
 //! Stream capture: what is noted is replayed, and what a graph cannot hold ends the capture.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use std::sync::Arc;

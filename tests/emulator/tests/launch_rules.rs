@@ -1,5 +1,7 @@
 //! A launch that a GPU's driver refuses is refused with the same error.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use cudarc::driver::sys::{self, CUfunction_attribute_enum as Attribute, CUresult};

@@ -1,5 +1,7 @@
 //! The stand-in NVRTC: options, logs, images, and what the driver makes of bad ones.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use cudarc::driver::CudaContext;

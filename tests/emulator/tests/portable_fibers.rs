@@ -1,5 +1,7 @@
 //! The C library's way to switch threads, which other processors than x86-64 rely on, gives the same results.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use support::*;

@@ -1,4 +1,7 @@
-//! What holds for the whole process: versions, and a machine without a device. One test, for nothing else may run beside.
+//! What holds for the whole process: versions, and a machine without a device. One test, for nothing else may run
+//! beside.
+
+#![cfg(target_os = "linux")]
 
 mod support;
 
