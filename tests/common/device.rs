@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use batchnorm_cuda::cuda::{CACHE_VARIABLE, DiskCache};
-use batchnorm_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaView, CudaViewMut};
+use batchnorm_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaView, CudaViewMut, DevicePtr};
 use batchnorm_cuda::{AsTensor, Backend, Backward, Cpu, Cuda, Element, Forward, Plain, Result};
 
 /// A backend whose buffers can be cut, and whose pieces can be given to a pass.
@@ -16,6 +16,9 @@ use batchnorm_cuda::{AsTensor, Backend, Backward, Cpu, Cuda, Element, Forward, P
 pub trait Device: Backend {
     /// What a failed test calls it.
     const NAME: &'static str;
+
+    /// Where a buffer's values lie on the device.
+    fn address<T: Plain>(buffer: &Self::Buffer<T>) -> u64;
 
     fn part<T: Plain>(buffer: &Self::Buffer<T>, range: Range<usize>) -> Self::View<'_, T>;
     fn part_mut<T: Plain>(buffer: &mut Self::Buffer<T>, range: Range<usize>) -> Self::ViewMut<'_, T>;
@@ -129,6 +132,10 @@ impl Device for Cpu {
         *self
     }
 
+    fn address<T: Plain>(buffer: &Vec<T>) -> u64 {
+        buffer.as_ptr() as u64
+    }
+
     fn part<T: Plain>(buffer: &Vec<T>, range: Range<usize>) -> &[T] {
         &buffer[range]
     }
@@ -152,6 +159,10 @@ impl Device for Cuda {
 
     fn with_own_stream(&self) -> Self {
         on_own_stream(self.stream().context())
+    }
+
+    fn address<T: Plain>(buffer: &CudaSlice<T>) -> u64 {
+        buffer.device_ptr(buffer.stream()).0
     }
 
     fn part<T: Plain>(buffer: &CudaSlice<T>, range: Range<usize>) -> CudaView<'_, T> {
