@@ -49,5 +49,9 @@ fn main() -> ExitCode {
             start.elapsed().as_secs_f64()
         );
     }
-    if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if failures == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

@@ -1,8 +1,11 @@
 //! Plans, for any device on any machine: every launch is legal, every element is covered exactly once, nothing overflows,
 //! and the bytes are what the design says.
 
+use std::collections::HashSet;
+use std::sync::OnceLock;
+
 use batchnorm_cuda::cuda::plan::{Alignment, KernelLaunch, Operation, Plan, Problem, Tracking};
-use batchnorm_cuda::cuda::{DeviceLimits, Kernel, Walk};
+use batchnorm_cuda::cuda::{DeviceLimits, Instantiation, Kernel, Walk};
 use batchnorm_cuda::{Dtype, Epilogue, Error, Layout, Shape};
 use proptest::prelude::*;
 
@@ -73,6 +76,12 @@ fn any_problem(largest_log2: u32) -> impl Strategy<Value = Problem> {
         )
 }
 
+/// What `Instantiation::all` says a plan can ask for, and so what the compilers are tried on.
+fn known_instantiations() -> &'static HashSet<Instantiation> {
+    static ALL: OnceLock<HashSet<Instantiation>> = OnceLock::new();
+    ALL.get_or_init(|| Instantiation::all().into_iter().collect())
+}
+
 /// What the kernel's grid, block and shared memory must satisfy on a device, and the tiling's own arithmetic.
 fn assert_legal(problem: &Problem, limits: &DeviceLimits, launch: &KernelLaunch) {
     let tiling = &launch.tiling;
@@ -92,6 +101,11 @@ fn assert_legal(problem: &Problem, limits: &DeviceLimits, launch: &KernelLaunch)
         "{what}"
     );
     assert!(tiling.team.is_power_of_two() && tiling.team <= 32, "{what}");
+
+    assert!(
+        known_instantiations().contains(instantiation),
+        "{what}: not compiled ahead"
+    );
 
     // Strips cover the channels, splits cover the rows, none is empty.
     let work = match instantiation.walk {

@@ -172,13 +172,13 @@ fn count_all_passes<T: Element>(profile: &str, shape: Shape, epilogue: Epilogue,
 
 fn count_shapes<T: Element>(profile: &str, epilogue: Epilogue) {
     for (shape, offset) in [
-        (Shape::nchw(4, 3, 8, 16), 0),                  // planes
-        (Shape::nchw(3, 2, 9, 13), 0),                  // planes with edges
-        (Shape::nchw(3, 2, 16, 16), 3),                 // the same, for the address
-        (Shape::nchw(6, 16, 7, 7), 0),                  // columns of planes
-        (Shape::nchw(4, 40, 6, 5).channels_last(), 0),  // columns of pixels
-        (Shape::nchw(5, 3, 4, 3).channels_last(), 1),   // one element at a time
-        (Shape::nchw(40, 2, 16, 16), 0),                // several splits on a small device
+        (Shape::nchw(4, 3, 8, 16), 0),                 // planes
+        (Shape::nchw(3, 2, 9, 13), 0),                 // planes with edges
+        (Shape::nchw(3, 2, 16, 16), 3),                // the same, for the address
+        (Shape::nchw(6, 16, 7, 7), 0),                 // columns of planes
+        (Shape::nchw(4, 40, 6, 5).channels_last(), 0), // columns of pixels
+        (Shape::nchw(5, 3, 4, 3).channels_last(), 1),  // one element at a time
+        (Shape::nchw(40, 2, 16, 16), 0),               // several splits on a small device
         (Shape::nchw(16, 24, 12, 12).channels_last(), 0),
     ] {
         count_all_passes::<T>(profile, shape, epilogue, offset).unwrap();
@@ -212,17 +212,25 @@ fn the_general_path_moves_3t_2t_5t() {
     let tensor = (tensors.len * 4) as f64;
     let moved = || -> f64 {
         let launches = emulator::launches(cuda.stream().cu_stream());
-        launches.iter().map(|launch| launch.bytes_loaded + launch.bytes_stored).sum::<u64>() as f64 / tensor
+        launches
+            .iter()
+            .map(|launch| launch.bytes_loaded + launch.bytes_stored)
+            .sum::<u64>() as f64
+            / tensor
     };
     moved();
     bn.forward_train(&tensors.x, &mut tensors.y, &mut saved).unwrap();
     let train = moved();
     bn.forward_eval(shape, &tensors.x, &mut tensors.y).unwrap();
     let evaluation = moved();
-    bn.backward(&tensors.x, &tensors.z, &mut saved, &mut tensors.dx, &mut gradients).unwrap();
+    bn.backward(&tensors.x, &tensors.z, &mut saved, &mut tensors.dx, &mut gradients)
+        .unwrap();
     let backward = moved();
     for (times, expected) in [(train, 3.0), (evaluation, 2.0), (backward, 5.0)] {
-        assert!((expected..expected * 1.02).contains(&times), "{times} times the tensor, not {expected}");
+        assert!(
+            (expected..expected * 1.02).contains(&times),
+            "{times} times the tensor, not {expected}"
+        );
     }
 }
 
@@ -237,8 +245,14 @@ fn every_walk_is_counted() {
         Plan::new(&problem, device("small-75").limits()).unwrap().kernels[0]
     };
     assert_eq!(walk(Shape::nchw(4, 3, 8, 16), 0).instantiation.walk, Walk::Planes);
-    assert_eq!(walk(Shape::nchw(3, 2, 9, 13), 0).instantiation.walk, Walk::PlanesWithEdges);
-    assert_eq!(walk(Shape::nchw(3, 2, 16, 16), 12).instantiation.walk, Walk::PlanesWithEdges);
+    assert_eq!(
+        walk(Shape::nchw(3, 2, 9, 13), 0).instantiation.walk,
+        Walk::PlanesWithEdges
+    );
+    assert_eq!(
+        walk(Shape::nchw(3, 2, 16, 16), 12).instantiation.walk,
+        Walk::PlanesWithEdges
+    );
     assert_eq!(walk(Shape::nchw(6, 16, 7, 7), 0).instantiation.walk, Walk::Columns);
     assert!(walk(Shape::nchw(40, 2, 16, 16), 0).tiling.splits > 1);
 }
@@ -256,7 +270,8 @@ fn passes_allocate_nothing_copy_nothing_and_do_not_wait() {
 
     let before = emulator::thread_calls();
     bn.forward_train(&tensors.x, &mut tensors.y, &mut saved).unwrap();
-    bn.backward(&tensors.x, &tensors.z, &mut saved, &mut tensors.dx, &mut gradients).unwrap();
+    bn.backward(&tensors.x, &tensors.z, &mut saved, &mut tensors.dx, &mut gradients)
+        .unwrap();
     bn.forward_eval(shape, &tensors.x, &mut tensors.y).unwrap();
     bn.forward_eval_in_place(shape, &mut tensors.x).unwrap();
     let after = emulator::thread_calls();

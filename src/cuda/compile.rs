@@ -55,9 +55,20 @@ pub(super) struct Compiled {
     pub(super) from_disk: bool,
 }
 
+/// Compiles a kernel to machine code, for a device that need not be there: this takes NVRTC, but no driver.
+///
+/// What it compiles goes to `cache`, so that an image of a program can be shipped with its kernels compiled.
+///
+/// # Errors
+/// [`Unavailable::NoNvrtc`](super::Unavailable::NoNvrtc); [`Error::Compile`] with NVRTC's log, also where this NVRTC does not
+/// know the architecture.
+pub fn compile_ahead(instantiation: &Instantiation, architecture: u32, cache: &DiskCache) -> Result<Vec<u8>> {
+    compile(instantiation, architecture, cache).map(|compiled| compiled.image)
+}
+
 /// Compiles a kernel, or finds it in the cache.
 pub(super) fn compile(instantiation: &Instantiation, architecture: u32, cache: &DiskCache) -> Result<Compiled> {
-    let (major, minor) = probe::nvrtc_version()?;
+    let (major, minor) = probe::nvrtc_library_version()?;
     let target = Target::choose(architecture, &supported_architectures()?).ok_or_else(|| Error::Compile {
         kernel: instantiation.to_string(),
         architecture,

@@ -1,5 +1,6 @@
 //! The kernels and their instantiations: which source, and the constants it is compiled with.
 
+use super::tiling;
 use crate::element::Dtype;
 use crate::epilogue::Epilogue;
 
@@ -44,6 +45,34 @@ impl Kernel {
             Kernel::Apply => "apply",
             Kernel::BackwardReduce => "backward_reduce",
             Kernel::BackwardApply => "backward_apply",
+        }
+    }
+
+    /// Tensors that it reads.
+    pub(super) fn tensors_read(self, epilogue: Epilogue, batch_statistics: bool) -> u64 {
+        let residual = u64::from(epilogue == Epilogue::AddRelu);
+        match self {
+            Kernel::Statistics => 1,
+            Kernel::Apply => 1 + residual,
+            Kernel::BackwardReduce => 2 + residual,
+            // Without statistics x is needed only to compute a relu's mask again.
+            Kernel::BackwardApply => 1 + residual + u64::from(batch_statistics || epilogue == Epilogue::Relu),
+        }
+    }
+
+    /// What it can be told at compile time beside its walk: epilogue, `stores_gradient`, `batch_statistics`.
+    fn variants(self) -> Vec<(Epilogue, bool, bool)> {
+        let each = |variants: &[(bool, bool)]| {
+            Epilogue::ALL
+                .iter()
+                .flat_map(|&epilogue| variants.iter().map(move |&(stores, batch)| (epilogue, stores, batch)))
+                .collect()
+        };
+        match self {
+            Kernel::Statistics => vec![(Epilogue::Identity, false, false)],
+            Kernel::Apply => each(&[(false, false)]),
+            Kernel::BackwardReduce => each(&[(false, false), (true, false)]),
+            Kernel::BackwardApply => each(&[(false, false), (false, true)]),
         }
     }
 
@@ -105,6 +134,36 @@ pub struct Instantiation {
 }
 
 impl Instantiation {
+    /// Every instantiation that a plan can ask for.
+    pub fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for kernel in Kernel::ALL {
+            for (epilogue, stores_gradient, batch_statistics) in kernel.variants() {
+                for dtype in Dtype::ALL {
+                    for (walk, vector) in walks(dtype) {
+                        for threads in tiling::BLOCK_SIZES {
+                            for wide_index in [false, true] {
+                                all.push(Instantiation {
+                                    kernel,
+                                    dtype,
+                                    walk,
+                                    vector,
+                                    unroll: tiling::unroll(kernel.tensors_read(epilogue, batch_statistics)),
+                                    threads: threads as u32,
+                                    wide_index,
+                                    epilogue,
+                                    stores_gradient,
+                                    batch_statistics,
+                                });
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        all
+    }
+
     /// The compiler's options that make this instantiation of the source.
     pub fn definitions(&self) -> Vec<String> {
         let element = match self.dtype {
@@ -136,6 +195,16 @@ impl Instantiation {
             format!("-DBATCH_STATISTICS={}", u8::from(self.batch_statistics)),
         ]
     }
+}
+
+/// The walks over tensors of this type, each with the vectors it is used with.
+fn walks(dtype: Dtype) -> impl Iterator<Item = (Walk, u32)> {
+    let widest = tiling::VECTOR_BYTES as u32 / dtype.size() as u32;
+    let vectors = move || std::iter::successors(Some(widest), |&vector| (vector > 1).then_some(vector / 2));
+    let with_edges = vectors().filter(|&vector| vector > 1);
+    (vectors().map(|vector| (Walk::Planes, vector)))
+        .chain(with_edges.map(|vector| (Walk::PlanesWithEdges, vector)))
+        .chain(vectors().map(|vector| (Walk::Columns, vector)))
 }
 
 impl std::fmt::Display for Instantiation {

@@ -27,7 +27,7 @@ use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr, DeviceSlice, ValidAsZeroBits,
 };
 
-pub use self::compile::OPTIONS as COMPILE_OPTIONS;
+pub use self::compile::{OPTIONS as COMPILE_OPTIONS, compile_ahead};
 pub use self::device::CompileReport;
 pub use self::disk_cache::{CACHE_VARIABLE, DiskCache};
 pub use self::kernel::{Instantiation, Kernel, Walk};

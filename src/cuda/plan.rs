@@ -352,8 +352,9 @@ impl Planner<'_> {
 
     fn statistics(&self) -> KernelLaunch {
         let cumulative = self.problem.tracking == Tracking::CumulativeAverage;
-        self.launch(Kernel::Statistics, Epilogue::Identity, 1, 1, |counts, tiling| {
-            counts.read_tensors(1);
+        let kernel = (Kernel::Statistics, Epilogue::Identity, false);
+        self.launch(kernel, 1, |counts, tensors, tiling| {
+            counts.read_tensors(tensors);
             // The pivot of every channel of every task.
             counts.read += tiling.channels * tiling.splits * self.problem.dtype.size() as u64;
             counts.written += tiling.channels * 4 * counts.real;
@@ -366,77 +367,56 @@ impl Planner<'_> {
 
     fn apply(&self, batch_statistics: bool) -> KernelLaunch {
         let problem = self.problem;
-        let residual = u64::from(problem.epilogue == Epilogue::AddRelu);
         let tracking = if batch_statistics {
             problem.tracking
         } else {
             Tracking::None
         };
-        self.launch(
-            Kernel::Apply,
-            problem.epilogue,
-            1 + residual,
-            STAGED_NUMBERS,
-            |counts, tiling| {
-                counts.read_tensors(1 + residual);
-                counts.write_tensors(1);
-                counts.read_normalisation(tiling, batch_statistics, problem.affine);
-                if tracking != Tracking::None {
-                    // Batch variance, and both running statistics in and out; the count of batches.
-                    let factor = u64::from(tracking == Tracking::CumulativeAverage);
-                    counts.read += tiling.channels * (3 + factor) * counts.real + COUNTER_BYTES;
-                    counts.written += tiling.channels * 2 * counts.real + COUNTER_BYTES;
-                }
-            },
-        )
+        let kernel = (Kernel::Apply, problem.epilogue, false);
+        self.launch(kernel, STAGED_NUMBERS, |counts, tensors, tiling| {
+            counts.read_tensors(tensors);
+            counts.write_tensors(1);
+            counts.read_normalisation(tiling, batch_statistics, problem.affine);
+            if tracking != Tracking::None {
+                // Batch variance, and both running statistics in and out; the count of batches.
+                let factor = u64::from(tracking == Tracking::CumulativeAverage);
+                counts.read += tiling.channels * (3 + factor) * counts.real + COUNTER_BYTES;
+                counts.written += tiling.channels * 2 * counts.real + COUNTER_BYTES;
+            }
+        })
     }
 
     fn backward_reduce(&self, batch_statistics: bool) -> KernelLaunch {
         let problem = self.problem;
-        let residual = u64::from(problem.epilogue == Epilogue::AddRelu);
         let outputs = if batch_statistics { 0 } else { self.gradient_outputs() };
-        let mut launch = self.launch(
-            Kernel::BackwardReduce,
-            problem.epilogue,
-            2 + residual,
-            STAGED_NUMBERS,
-            |counts, tiling| {
-                counts.read_tensors(2 + residual);
-                counts.write_tensors(outputs);
-                counts.read_normalisation(tiling, batch_statistics, problem.affine);
+        let kernel = (Kernel::BackwardReduce, problem.epilogue, false);
+        let mut launch = self.launch(kernel, STAGED_NUMBERS, |counts, tensors, tiling| {
+            counts.read_tensors(tensors);
+            counts.write_tensors(outputs);
+            counts.read_normalisation(tiling, batch_statistics, problem.affine);
+            counts.written += tiling.channels * 2 * counts.real;
+            if problem.parameter_gradients {
                 counts.written += tiling.channels * 2 * counts.real;
-                if problem.parameter_gradients {
-                    counts.written += tiling.channels * 2 * counts.real;
-                    if problem.accumulate {
-                        counts.read += tiling.channels * 2 * counts.real;
-                    }
+                if problem.accumulate {
+                    counts.read += tiling.channels * 2 * counts.real;
                 }
-            },
-        );
+            }
+        });
         launch.instantiation.stores_gradient = outputs > 0;
         launch
     }
 
     fn backward_apply(&self, batch_statistics: bool) -> KernelLaunch {
         let problem = self.problem;
-        let residual = u64::from(problem.epilogue == Epilogue::AddRelu);
-        let x = u64::from(batch_statistics || problem.epilogue == Epilogue::Relu);
-        let mut launch = self.launch(
-            Kernel::BackwardApply,
-            problem.epilogue,
-            1 + residual + x,
-            STAGED_NUMBERS + 2,
-            |counts, tiling| {
-                counts.read_tensors(1 + residual + x);
-                counts.write_tensors(self.gradient_outputs());
-                counts.read_normalisation(tiling, problem.operation == Operation::Backward, problem.affine);
-                if batch_statistics {
-                    counts.read += tiling.channels * tiling.splits * 2 * counts.real;
-                }
-            },
-        );
-        launch.instantiation.batch_statistics = batch_statistics;
-        launch
+        let kernel = (Kernel::BackwardApply, problem.epilogue, batch_statistics);
+        self.launch(kernel, STAGED_NUMBERS + 2, |counts, tensors, tiling| {
+            counts.read_tensors(tensors);
+            counts.write_tensors(self.gradient_outputs());
+            counts.read_normalisation(tiling, problem.operation == Operation::Backward, problem.affine);
+            if batch_statistics {
+                counts.read += tiling.channels * tiling.splits * 2 * counts.real;
+            }
+        })
     }
 
     fn gradient_outputs(&self) -> u64 {
@@ -445,12 +425,11 @@ impl Planner<'_> {
 
     fn launch(
         &self,
-        kernel: Kernel,
-        epilogue: Epilogue,
-        tensors_read: u64,
+        (kernel, epilogue, batch_statistics): (Kernel, Epilogue, bool),
         numbers_per_channel: u64,
-        count: impl FnOnce(&mut Counts, &Tiling),
+        count: impl FnOnce(&mut Counts, u64, &Tiling),
     ) -> KernelLaunch {
+        let tensors_read = kernel.tensors_read(epilogue, batch_statistics);
         let Problem {
             shape,
             dtype,
@@ -470,7 +449,7 @@ impl Planner<'_> {
             },
         );
         let mut counts = Counts::new(self.problem);
-        count(&mut counts, &chosen.tiling);
+        count(&mut counts, tensors_read, &chosen.tiling);
         if reduces {
             counts.partials(kernel, &chosen.tiling);
         }
@@ -485,7 +464,7 @@ impl Planner<'_> {
                 wide_index: chosen.wide_index,
                 epilogue,
                 stores_gradient: false,
-                batch_statistics: false,
+                batch_statistics,
             },
             grid: chosen.tiling.tasks().min(u64::from(self.limits.grid)) as u32,
             shared_bytes: chosen.shared_bytes,

@@ -113,7 +113,7 @@ pub fn is_available() -> Result<(), Unavailable> {
     if driver.device_count()? == 0 {
         return Err(Unavailable::NoDevice);
     }
-    check_nvrtc(&driver).map(|_| ())
+    check_nvrtc(&driver)
 }
 
 /// Whether the device with this ordinal is there, and everything it needs.
@@ -126,22 +126,18 @@ pub(super) fn check_device(ordinal: usize) -> Result<(), Unavailable> {
     }
 }
 
-/// NVRTC's version, if it is there and not newer than the driver.
-pub(super) fn nvrtc_version() -> Result<(u32, u32), Unavailable> {
-    check_nvrtc(&Driver::load()?)
-}
-
-fn check_nvrtc(driver: &Driver) -> Result<(u32, u32), Unavailable> {
+/// A cubin runs on every driver of the same major version, and newer ones.
+fn check_nvrtc(driver: &Driver) -> Result<(), Unavailable> {
     let nvrtc = nvrtc_library_version()?;
     let driver = driver.version()?;
-    // A cubin runs on every driver of the same major version.
     if nvrtc.0 > driver.0 {
         return Err(Unavailable::NvrtcTooNew { nvrtc, driver });
     }
-    Ok(nvrtc)
+    Ok(())
 }
 
-fn nvrtc_library_version() -> Result<(u32, u32), Unavailable> {
+/// NVRTC's version, whether or not there is a driver for what it compiles.
+pub(super) fn nvrtc_library_version() -> Result<(u32, u32), Unavailable> {
     static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
     let missing = || Unavailable::NoNvrtc {
         tried: owned_names(NVRTC),

@@ -30,7 +30,7 @@ const TASKS_PER_MULTIPROCESSOR: u64 = 8;
 const VECTORS_PER_TASK: u64 = 8;
 
 /// Block sizes, preferred first.
-const BLOCK_SIZES: [u64; 4] = [256, 128, 64, 32];
+pub(super) const BLOCK_SIZES: [u64; 4] = [256, 128, 64, 32];
 
 /// Shared memory that a block gets without asking for more.
 const SHARED_MEMORY: u64 = 48 << 10;
@@ -166,7 +166,7 @@ pub(super) fn choose(
     limits: &DeviceLimits,
     demand: Demand,
 ) -> Launch {
-    let unroll = (VECTORS_IN_FLIGHT / demand.tensors_read).max(1);
+    let unroll = u64::from(unroll(demand.tensors_read));
     let (cut, threads) = BLOCK_SIZES
         .into_iter()
         .map(|threads| (cut(shape, dtype, alignment, threads), threads))
@@ -187,6 +187,11 @@ pub(super) fn choose(
         wide_index: needs_wide_index(&tiling, cut.vector),
         tiling,
     }
+}
+
+/// Vectors of each tensor that a thread has under way at a time.
+pub(super) fn unroll(tensors_read: u64) -> u32 {
+    (VECTORS_IN_FLIGHT / tensors_read).max(1) as u32
 }
 
 /// The walk for a shape: the widest vectors, and among equals the plainest walk.
