@@ -111,12 +111,17 @@ impl Cuda {
     }
 
     fn allocate<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Result<CudaSlice<T>> {
-        if len == 0 {
-            return self.stream.null().map_err(|error| allocation_error(0, error));
+        // The driver allocates no empty memory, so an empty buffer owns a place for one element that it does not show.
+        let allocated = len.max(1);
+        let buffer = self
+            .stream
+            .alloc_zeros(allocated)
+            .map_err(|error| allocation_error(allocated * size_of::<T>(), error))?;
+        if len == allocated {
+            return Ok(buffer);
         }
-        self.stream
-            .alloc_zeros(len)
-            .map_err(|error| allocation_error(len * size_of::<T>(), error))
+        // SAFETY: the address is of memory that `buffer` owned and gives up here, and there is room for no elements at all.
+        Ok(unsafe { self.stream.upgrade_device_ptr(buffer.leak(), len) })
     }
 
     fn check_context(&self, argument: &'static str, stream: &CudaStream) -> Result<()> {

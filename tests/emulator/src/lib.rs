@@ -35,3 +35,7 @@ pub use profiles::{PROFILES, Profile, ordinal};
 
 /// Whether the stand-in works on this system.
 pub const SUPPORTED: bool = cfg!(target_os = "linux");
+
+/// The folder of the stand-in's libraries, for a process that is to find only some of them.
+#[cfg(target_os = "linux")]
+pub const LIBRARIES: &str = env!("EMULATOR_LIBRARIES");
