@@ -573,8 +573,12 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         shape.len().map(|_| ())
     }
 
-    pub(crate) fn parts_mut(&mut self) -> (Option<&mut Parameters<B, P>>, Option<&mut RunningStatistics<B, P>>) {
-        (self.parameters.as_mut(), self.running.as_mut())
+    pub(crate) fn parameters_mut(&mut self) -> Option<&mut Parameters<B, P>> {
+        self.parameters.as_mut()
+    }
+
+    pub(crate) fn running_mut(&mut self) -> Option<&mut RunningStatistics<B, P>> {
+        self.running.as_mut()
     }
 }
 

@@ -236,12 +236,13 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
             .map(|batches| backend.upload(&[batches]))
             .transpose()?;
 
-        let (parameters, running) = self.parts_mut();
-        if let (Some(parameters), Some(weight), Some(bias)) = (parameters, weight, bias) {
+        if let (Some(parameters), Some(weight), Some(bias)) = (self.parameters_mut(), weight, bias) {
             backend.copy(weight.view(), parameters.weight.view_mut())?;
             backend.copy(bias.view(), parameters.bias.view_mut())?;
         }
-        if let (Some(running), Some(mean), Some(variance), Some(batches)) = (running, mean, variance, batches) {
+        if let (Some(running), Some(mean), Some(variance), Some(batches)) =
+            (self.running_mut(), mean, variance, batches)
+        {
             backend.copy(mean.view(), running.mean.view_mut())?;
             backend.copy(variance.view(), running.variance.view_mut())?;
             backend.copy(batches.view(), running.batches.view_mut())?;
