@@ -1,6 +1,6 @@
 //! The forward pass's elements: normalise, scale, shift, epilogue.
 
-use super::coefficients::{Coefficients, NORMALISATION, Normalisation, SCALE, SHIFT};
+use super::coefficients::{Coefficients, NORMALISATION, Normalisation, SCALE, SHIFT, Table};
 use super::elementwise::{Visitor, centred, visit, write};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
@@ -121,23 +121,22 @@ impl<T: Element, E: Epilogue<T>> Kernel for Apply<'_, T, E> {
 
     #[inline(always)]
     fn run<S: Level>(self, level: S) {
+        let mut table = Table::<_, NORMALISATION>::new();
+        // SAFETY: what the channels are normalised by is complete before any of their elements is computed.
+        unsafe {
+            self.normalisation
+                .fill(level, &self.task.channels, &mut table)
+        };
         let visitor = ApplyBlock {
             level,
             elements: self.elements,
         };
-        let aligned = self.elements.streamed.then_some(self.elements.y);
-        // SAFETY: what the channels are normalised by is complete before any of their elements is computed.
-        unsafe {
-            visit::<_, _, _, NORMALISATION>(
-                level,
-                self.geometry,
-                self.task,
-                &self.normalisation,
-                |_| {},
-                aligned,
-                visitor,
-            );
-        }
+        let aligned = if self.elements.streamed {
+            Some(self.elements.y)
+        } else {
+            None
+        };
+        visit(self.geometry, self.task, &mut table, aligned, &visitor);
         level.fence();
     }
 }
@@ -149,7 +148,7 @@ struct ApplyBlock<'a, S, T: Element, E> {
 
 impl<S: Level, T: Element, E: Epilogue<T>> Visitor<T::Param> for ApplyBlock<'_, S, T, E> {
     #[inline(always)]
-    fn visit(&mut self, block: Block, coefficients: &impl Coefficients<T::Param>) {
+    fn visit(&self, block: Block, coefficients: &impl Coefficients<T::Param>) {
         let Elements {
             x,
             y,

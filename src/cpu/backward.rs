@@ -7,7 +7,7 @@ use super::coefficients::{Coefficients, NORMALISATION, Normalisation, SCALE, Tab
 use super::elementwise::{Visitor, centred, visit, write};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
-use super::reduce::{Block, interleaved_sums, pairwise, planar_sums};
+use super::reduce::{Block, Terms, Tree, interleaved_sums, pairwise, planar_sums};
 use super::simd::{Kernel, Lanes, Level, blocks, lanes, narrow, splat, widen};
 use super::workspace::Partials;
 use crate::element::{Element, Real};
@@ -116,67 +116,83 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
 
     #[inline(always)]
     fn run<S: Level>(self, level: S) {
-        let Task { channels, part } = self.task;
+        let Task { channels, chunks } = self.task;
         let mut table = Table::<T::Param, NORMALISATION>::new();
         // SAFETY: nothing writes statistics in a backward pass.
         unsafe { self.normalisation.fill(level, channels, &mut table) };
+        let part = Geometry::part_of(chunks);
         match self.geometry {
             Geometry::Planar(planar) => {
-                let coefficients = table.uniform(0);
-                let mut total = [T::Param::ZERO; 2];
-                for chunk in planar.part(*part) {
-                    let sums = planar_sums::<_, 2, 2>(planar, channels.start, chunk, |block| {
-                        self.terms(level, block, &coefficients)
-                    });
-                    total = [total[0] + sums[0], total[1] + sums[1]];
+                for (index, channel) in channels.clone().enumerate() {
+                    let terms = GradientTerms {
+                        level,
+                        sums: &self,
+                        coefficients: &table.uniform(index),
+                    };
+                    let mut total = [T::Param::ZERO; 2];
+                    for chunk in chunks.clone() {
+                        let sums = planar_sums::<_, 2, 2>(planar, channel, chunk, &terms);
+                        total = [total[0] + sums[0], total[1] + sums[1]];
+                    }
+                    let total = [splat(total[0]), splat(total[1])];
+                    // SAFETY: no other task has this channel and part.
+                    unsafe { self.partials.store(level, part, channel, 1, &total) };
                 }
-                // SAFETY: no other task has this channel and part.
-                unsafe {
-                    self.partials
-                        .store(level, *part, channels.start, 1, &total.map(splat))
-                };
             }
             Geometry::Interleaved(interleaved) => {
                 table.repeat(channels.len(), interleaved.repeats());
+                let terms = GradientTerms {
+                    level,
+                    sums: &self,
+                    coefficients: &table,
+                };
                 let mut total = Table::<T::Param, 2>::new();
                 let mut sums = Table::<T::Param, 2>::new();
-                interleaved.chunks(*part, |pixels| {
-                    interleaved_sums(interleaved, channels, &pixels, &mut sums, |block| {
-                        self.terms(level, block, &table)
-                    });
-                    blocks(channels.len(), |at, _| {
+                for chunk in chunks.clone() {
+                    let pixels = interleaved.pixels(&(chunk..chunk + 1));
+                    interleaved_sums(interleaved, channels, &pixels, &mut sums, &terms);
+                    for (at, _) in blocks(channels.len()) {
                         total.add(0, at, &sums.at(0, at));
                         total.add(1, at, &sums.at(1, at));
-                    });
-                });
-                blocks(channels.len(), |at, count| {
+                    }
+                }
+                for (at, count) in blocks(channels.len()) {
                     let total = [total.at(0, at), total.at(1, at)];
                     // SAFETY: no other task has these channels and this part.
                     unsafe {
                         self.partials
-                            .store(level, *part, channels.start + at, count, &total)
+                            .store(level, part, channels.start + at, count, &total)
                     };
-                });
+                }
             }
         }
     }
 }
 
-impl<T: Element, E: Mask<T>> TaskSums<'_, T, E> {
+/// g and g · ((x - K) - d).
+struct GradientTerms<'a, 'b, S, T: Element, E, C> {
+    level: S,
+    sums: &'a TaskSums<'b, T, E>,
+    coefficients: &'a C,
+}
+
+impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param, 2>
+    for GradientTerms<'_, '_, S, T, E, C>
+{
     #[inline(always)]
-    fn terms<S: Level>(
-        &self,
-        level: S,
-        block: Block,
-        coefficients: &impl Coefficients<T::Param>,
-    ) -> [Lanes<T::Param>; 2] {
+    fn terms(&self, block: Block) -> [Lanes<T::Param>; 2] {
+        let Self {
+            level,
+            sums,
+            coefficients,
+        } = *self;
         // SAFETY: the geometry's blocks are inside tensors of its shape. No other task has this block, so that none writes
         // there, in place or not.
         unsafe {
-            let x = self.x.load(level, block.at, block.count);
-            let dy = self.dy.load(level, block.at, block.count);
+            let x = sums.x.load(level, block.at, block.count);
+            let dy = sums.dy.load(level, block.at, block.count);
             let x = centred(&x, coefficients, block.position);
-            let gradient = self.mask.pass(level, block, &dy, &x, coefficients);
+            let gradient = sums.mask.pass(level, block, &dy, &x, coefficients);
             [gradient, lanes(|i| gradient[i] * x[i])]
         }
     }
@@ -206,14 +222,15 @@ impl<T: Element> Kernel for FinishSums<'_, T> {
     #[inline(always)]
     fn run<S: Level>(self, level: S) {
         let values = T::Param::from_f64(self.geometry.values() as f64);
-        blocks(self.channels.len(), |at, count| {
+        for (at, count) in blocks(self.channels.len()) {
             let channel = self.channels.start + at;
-            let [bias, products] = pairwise(
-                self.geometry.parts(),
-                // SAFETY: all parts of these channels have been computed, and nothing writes them any more.
-                |part| unsafe { self.partials.load(level, part, channel, count) },
-                |first, second| [0, 1].map(|sum| lanes(|i| first[sum][i] + second[sum][i])),
-            );
+            let sums = PartSums {
+                level,
+                partials: self.partials,
+                channel,
+                count,
+            };
+            let [bias, products] = pairwise(&sums, self.geometry.parts());
             // SAFETY: nothing writes statistics in a backward pass.
             let [_, _, invstd] = unsafe { self.normalisation.statistics(level, channel, count) };
             let weight = lanes(|i| products[i] * invstd[i]);
@@ -229,7 +246,36 @@ impl<T: Element> Kernel for FinishSums<'_, T> {
                     parameters.put(level, parameters.bias, channel, count, &bias);
                 }
             }
-        });
+        }
+    }
+}
+
+/// The sums of all parts of some channels.
+struct PartSums<'a, S, P> {
+    level: S,
+    partials: Partials<'a, P>,
+    channel: usize,
+    count: usize,
+}
+
+impl<S: Level, P: Real> Tree for PartSums<'_, S, P> {
+    type Node = [Lanes<P>; 2];
+
+    #[inline(always)]
+    fn leaf(&self, part: usize) -> Self::Node {
+        // SAFETY: all parts of these channels have been computed, and nothing writes them any more.
+        unsafe {
+            self.partials
+                .load(self.level, part, self.channel, self.count)
+        }
+    }
+
+    #[inline(always)]
+    fn join(&self, first: Self::Node, second: Self::Node) -> Self::Node {
+        [
+            lanes(|i| first[0][i] + second[0][i]),
+            lanes(|i| first[1][i] + second[1][i]),
+        ]
     }
 }
 
@@ -287,18 +333,22 @@ impl<T: Element, E: Mask<T>> Kernel for ApplyGradient<'_, T, E> {
 
     #[inline(always)]
     fn run<S: Level>(self, level: S) {
+        let channels = &self.task.channels;
+        let mut table = Table::<_, COEFFICIENTS>::new();
+        // SAFETY: nothing writes statistics in a backward pass.
+        unsafe { self.normalisation.fill(level, channels, &mut table) };
         match self.gradient {
-            Some(gradient) => self.visit::<S, true>(level, |table| {
-                let channels = &self.task.channels;
-                blocks(channels.len(), |at, count| {
+            Some(gradient) => {
+                for (at, count) in blocks(channels.len()) {
                     // SAFETY: the numbers of these channels are complete before any of their elements is computed.
                     let [mean, slope] =
                         unsafe { gradient.load(level, 0, channels.start + at, count) };
                     table.set(GRADIENT_MEAN, at, &mean);
                     table.set(GRADIENT_SLOPE, at, &slope);
-                });
-            }),
-            None => self.visit::<S, false>(level, |_| {}),
+                }
+                self.visit::<S, true>(level, &mut table);
+            }
+            None => self.visit::<S, false>(level, &mut table),
         }
         level.fence();
     }
@@ -309,7 +359,7 @@ impl<T: Element, E: Mask<T>> ApplyGradient<'_, T, E> {
     fn visit<S: Level, const TRAINING: bool>(
         &self,
         level: S,
-        extend: impl Fn(&mut Table<T::Param, COEFFICIENTS>),
+        table: &mut Table<T::Param, COEFFICIENTS>,
     ) {
         let elements = self.elements;
         let aligned = if elements.streamed {
@@ -318,18 +368,7 @@ impl<T: Element, E: Mask<T>> ApplyGradient<'_, T, E> {
             None
         };
         let visitor = GradientBlock::<_, _, _, TRAINING> { level, elements };
-        // SAFETY: nothing writes statistics in a backward pass.
-        unsafe {
-            visit(
-                level,
-                self.geometry,
-                self.task,
-                &self.normalisation,
-                extend,
-                aligned,
-                visitor,
-            );
-        }
+        visit(self.geometry, self.task, table, aligned, &visitor);
     }
 }
 
@@ -342,7 +381,7 @@ impl<S: Level, T: Element, E: Mask<T>, const TRAINING: bool> Visitor<T::Param>
     for GradientBlock<'_, S, T, E, TRAINING>
 {
     #[inline(always)]
-    fn visit(&mut self, block: Block, coefficients: &impl Coefficients<T::Param>) {
+    fn visit(&self, block: Block, coefficients: &impl Coefficients<T::Param>) {
         let Self { level, elements } = *self;
         // SAFETY: the geometry's blocks are inside tensors of its shape, and no other task has this block. In place, it is
         // read before it is written.

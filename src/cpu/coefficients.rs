@@ -93,7 +93,11 @@ impl<P: Real, const M: usize> Table<P, M> {
     /// The coefficients of one position.
     #[inline(always)]
     pub(super) fn uniform(&self, position: usize) -> Uniform<P, M> {
-        Uniform(std::array::from_fn(|index| self.0[index][position]))
+        let mut coefficients = [P::ZERO; M];
+        for (coefficient, row) in coefficients.iter_mut().zip(&self.0) {
+            *coefficient = row[position];
+        }
+        Uniform(coefficients)
     }
 }
 
@@ -158,25 +162,27 @@ impl<P: Real> Normalisation<'_, P> {
         count: usize,
     ) -> [Lanes<P>; 3] {
         // SAFETY: the caller's promise.
-        let load = |source: Source<'_, P>| unsafe { source.load(level, channel, count) };
-        match self.statistics {
-            Statistics::Running {
-                mean,
-                variance,
-                eps,
-            } => {
-                let variance = load(variance.into());
-                [
-                    load(mean.into()),
-                    splat(P::ZERO),
-                    lanes(|i| invstd(variance[i], eps)),
-                ]
+        unsafe {
+            match self.statistics {
+                Statistics::Running {
+                    mean,
+                    variance,
+                    eps,
+                } => {
+                    let mean = Source::from(mean).load(level, channel, count);
+                    let variance = Source::from(variance).load(level, channel, count);
+                    [mean, splat(P::ZERO), lanes(|i| invstd(variance[i], eps))]
+                }
+                Statistics::Batch {
+                    pivot,
+                    offset,
+                    invstd,
+                } => [
+                    pivot.load(level, channel, count),
+                    offset.load(level, channel, count),
+                    invstd.load(level, channel, count),
+                ],
             }
-            Statistics::Batch {
-                pivot,
-                offset,
-                invstd,
-            } => [load(pivot), load(offset), load(invstd)],
         }
     }
 
@@ -197,7 +203,7 @@ impl<P: Real> Normalisation<'_, P> {
         channels: &Range<usize>,
         table: &mut Table<P, M>,
     ) {
-        blocks(channels.len(), |at, count| {
+        for (at, count) in blocks(channels.len()) {
             let channel = channels.start + at;
             // SAFETY: the caller's promise.
             let [pivot, offset, invstd] = unsafe { self.statistics(level, channel, count) };
@@ -210,7 +216,7 @@ impl<P: Real> Normalisation<'_, P> {
                 at,
                 &load_or(level, self.bias, P::ZERO, channel, count),
             );
-        });
+        }
     }
 }
 

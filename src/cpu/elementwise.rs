@@ -1,82 +1,82 @@
 //! Visits every element of a task once, in vectors.
 
-use super::coefficients::{Coefficients, NORMALISATION, Normalisation, OFFSET, PIVOT, Table};
-use super::geometry::{Geometry, Run, Task};
+use super::coefficients::{Coefficients, OFFSET, PIVOT, Table};
+use super::geometry::{Geometry, Task};
 use super::memory::Sink;
 use super::reduce::Block;
-use super::simd::{LANES, Lanes, Level, blocks, lanes};
+use super::simd::{LANES, Lanes, Level, lanes};
 use crate::element::{Element, Real};
 
-/// Calls `visit` with every block of a task and with the coefficients of its channels, which are `M` numbers: those of
-/// `normalisation`, and what `extend` adds to them. Where `aligned` is given, full blocks start where it may be streamed
-/// to, if the task's runs are long enough.
-///
-/// # Safety
-/// As [`Normalisation::statistics`] for the task's channels.
+/// Calls `visitor` with every block of a task. `table` has the coefficients of the task's channels, once. Where `aligned` is
+/// given, blocks start where it may be streamed to, but for the first and the last of a run.
 #[inline(always)]
-pub(super) unsafe fn visit<S: Level, P: Real, T: Element, const M: usize>(
-    level: S,
+pub(super) fn visit<P: Real, T: Element, const M: usize>(
     geometry: &Geometry,
     task: &Task,
-    normalisation: &Normalisation<'_, P>,
-    extend: impl Fn(&mut Table<P, M>),
+    table: &mut Table<P, M>,
     aligned: Option<Sink<'_, T>>,
-    mut visit: impl Visitor<P>,
+    visitor: &impl Visitor<P>,
 ) {
-    const { assert!(M >= NORMALISATION) };
-    let mut table = Table::<P, M>::new();
-    // SAFETY: the caller's promise.
-    unsafe { normalisation.fill(level, &task.channels, &mut table) };
-    extend(&mut table);
     match geometry {
         Geometry::Planar(planar) => {
-            let channel = table.uniform(0);
-            for chunk in planar.part(task.part) {
-                planar.runs(task.channels.start, chunk, |run| {
-                    visit_run(run, aligned, |block| visit.visit(block, &channel));
-                });
+            for chunk in task.chunks.clone() {
+                for image in 0..planar.images(chunk) {
+                    let runs = planar.image_runs(&task.channels, chunk, image);
+                    for run in 0..runs.count {
+                        visit_run(
+                            runs.start(run),
+                            runs.len,
+                            aligned,
+                            visitor,
+                            &table.uniform(run),
+                        );
+                    }
+                }
             }
         }
         Geometry::Interleaved(interleaved) => {
             table.repeat(task.channels.len(), interleaved.repeats());
-            let pixels = interleaved.part(task.part);
-            let runs = interleaved.full_runs(&task.channels, &pixels);
-            for run in 0..runs.count {
-                let run = Run {
-                    start: runs.start(run),
-                    len: runs.len,
-                };
-                visit_run(run, aligned, |block| visit.visit(block, &table));
+            let pixels = interleaved.pixels(&task.chunks);
+            for runs in [
+                interleaved.full_runs(&task.channels, &pixels),
+                interleaved.last_run(&task.channels, &pixels),
+            ] {
+                for run in 0..runs.count {
+                    visit_run(runs.start(run), runs.len, aligned, visitor, table);
+                }
             }
-            let last = interleaved.last_run(&task.channels, &pixels);
-            visit_run(last, aligned, |block| visit.visit(block, &table));
         }
     }
 }
 
-/// What is done with each block: a function that is generic over its coefficients.
+/// What is done with each block.
 pub(super) trait Visitor<P: Real> {
     /// Does it.
-    fn visit(&mut self, block: Block, coefficients: &impl Coefficients<P>);
+    fn visit(&self, block: Block, coefficients: &impl Coefficients<P>);
 }
 
 #[inline(always)]
-fn visit_run<T: Element>(run: Run, aligned: Option<Sink<'_, T>>, mut visit: impl FnMut(Block)) {
-    let head = aligned
-        .map_or(0, |sink| sink.until_aligned(run.start))
-        .min(run.len);
-    let mut blocks_from = |from: usize, len: usize| {
-        blocks(len, |position, count| {
-            let position = from + position;
-            visit(Block {
-                at: run.start + position,
-                position,
-                count,
-            });
-        });
+fn visit_run<P: Real, T: Element>(
+    start: usize,
+    len: usize,
+    aligned: Option<Sink<'_, T>>,
+    visitor: &impl Visitor<P>,
+    coefficients: &impl Coefficients<P>,
+) {
+    let mut position = match aligned {
+        Some(sink) => sink.until_aligned(start).min(len),
+        None => 0,
     };
-    blocks_from(0, head);
-    blocks_from(head, run.len - head);
+    if position > 0 {
+        visitor.visit(Block::new(start, 0, position), coefficients);
+    }
+    while position + LANES <= len {
+        visitor.visit(Block::new(start, position, LANES), coefficients);
+        position += LANES;
+    }
+    if position < len {
+        visitor.visit(Block::new(start, position, len - position), coefficients);
+    }
 }
 
 /// (x - K) - d.

@@ -3,28 +3,30 @@
 //! The tensor is cut by its shape alone, never by the number of threads, so that every sum is taken in the same order
 //! whoever computes it:
 //!
-//! - A **task** is some adjacent channels in one **part** of the values per channel. Tasks touch disjoint elements.
-//! - A part is several **chunks**. A chunk stays in the nearest cache, so that it can be read twice.
+//! - The channels are cut into **groups** of neighbours, the values of each channel into **chunks**. A chunk of one channel
+//!   (NCHW) or of a group (NHWC) stays in the nearest caches, so that it can be read twice.
+//! - Several chunks are a **part**: what is summed up one after another, by one task.
 //! - A chunk is several **runs** of adjacent elements.
 //!
-//! Planar (NCHW): a task has one channel, a run is (part of) a plane. Interleaved (NHWC): a task has a strip of channels,
-//! a run is the strip in one pixel; with few channels, several pixels make one run, so that vectors are full.
+//! Planar (NCHW): a run is a plane or a piece of one. A group has several channels only if their planes are small.
+//! Interleaved (NHWC): a run is the group's channels of one pixel; with few channels, several pixels make one run, so that
+//! vectors are full.
 
 use std::ops::Range;
 
 use super::simd::LANES;
 use crate::shape::{Layout, Shape};
 
-/// Values of a chunk of one channel in NCHW: 8 KB of `f32`, in the first-level cache with room for two tensors.
-const PLANAR_CHUNK: usize = 2048;
-/// Chunks of a part in NCHW.
-const PLANAR_CHUNKS_PER_PART: usize = 16;
-/// Widest run in NHWC.
+/// Greatest number of channels of a group, and of elements of a run in NHWC.
 pub(super) const STRIP: usize = 256;
+/// Values of a chunk of one channel in NCHW: 16 KB of `f32`, half of the smallest first-level caches.
+const PLANAR_CHUNK: usize = 4096;
 /// Runs of a chunk in NHWC.
-const INTERLEAVED_RUNS_PER_CHUNK: usize = 32;
-/// Chunks of a part in NHWC.
-const INTERLEAVED_CHUNKS_PER_PART: usize = 8;
+const INTERLEAVED_RUNS: usize = 32;
+/// Chunks of a part.
+const CHUNKS_PER_PART: usize = 8;
+/// Elements of a group that has more channels than it needs to: 512 KB of `f32`, so that it stays in a core's cache.
+const GROUP: usize = 128 << 10;
 
 /// A tensor cut into tasks.
 #[derive(Clone, Copy, Debug)]
@@ -35,22 +37,32 @@ pub(super) enum Geometry {
     Interleaved(Interleaved),
 }
 
-/// Adjacent channels in one part of the values per channel.
+/// What is worked on at once: adjacent channels, and a range of their chunks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Task {
-    /// Which channels: one in NCHW, at most [`STRIP`] in NHWC.
+    /// Which channels: those of a group.
     pub(super) channels: Range<usize>,
-    /// Which part.
-    pub(super) part: usize,
+    /// Which chunks.
+    pub(super) chunks: Range<usize>,
 }
 
-/// Adjacent elements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Run {
-    /// The first, as an index into the tensor.
-    pub(super) start: usize,
+/// Runs of one length, at equal distances.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Runs {
+    start: usize,
+    stride: usize,
     /// How many.
+    pub(super) count: usize,
+    /// Elements of each.
     pub(super) len: usize,
+}
+
+impl Runs {
+    /// Where a run starts, as an index into the tensor.
+    #[inline(always)]
+    pub(super) fn start(&self, run: usize) -> usize {
+        self.start + run * self.stride
+    }
 }
 
 impl Geometry {
@@ -94,35 +106,6 @@ impl Geometry {
         }
     }
 
-    /// Number of parts of the values of each channel.
-    pub(super) fn parts(&self) -> usize {
-        match self {
-            Geometry::Planar(planar) => planar.chunks().div_ceil(PLANAR_CHUNKS_PER_PART),
-            Geometry::Interleaved(interleaved) => {
-                interleaved.pixels.div_ceil(interleaved.part_pixels())
-            }
-        }
-    }
-
-    /// Number of values of each channel in a part.
-    pub(super) fn part_values(&self, part: usize) -> usize {
-        match self {
-            Geometry::Planar(planar) => planar
-                .part(part)
-                .map(|chunk| planar.chunk_values(chunk))
-                .sum(),
-            Geometry::Interleaved(interleaved) => interleaved.part(part).len(),
-        }
-    }
-
-    /// Number of channels of a group: those of one task.
-    fn group_channels(&self) -> usize {
-        match self {
-            Geometry::Planar(_) => 1,
-            Geometry::Interleaved(interleaved) => interleaved.strip,
-        }
-    }
-
     /// Number of groups of channels.
     pub(super) fn groups(&self) -> usize {
         self.channels().div_ceil(self.group_channels())
@@ -134,17 +117,55 @@ impl Geometry {
         group * channels..self.channels().min((group + 1) * channels)
     }
 
-    /// Number of tasks.
-    pub(super) fn tasks(&self) -> usize {
-        self.parts() * self.groups()
+    fn group_channels(&self) -> usize {
+        match self {
+            Geometry::Planar(planar) => planar.group,
+            Geometry::Interleaved(interleaved) => interleaved.group,
+        }
     }
 
-    /// The task of a number below [`Geometry::tasks`], in the order of memory as far as there is one.
-    pub(super) fn task(&self, number: usize) -> Task {
-        let groups = self.groups();
-        Task {
-            channels: self.group(number % groups),
-            part: number / groups,
+    /// Number of chunks of the values of each channel.
+    pub(super) fn chunks(&self) -> usize {
+        match self {
+            Geometry::Planar(planar) => planar.chunks(),
+            Geometry::Interleaved(interleaved) => {
+                interleaved.pixels.div_ceil(interleaved.chunk_pixels())
+            }
+        }
+    }
+
+    /// Number of parts of the values of each channel.
+    pub(super) fn parts(&self) -> usize {
+        self.chunks().div_ceil(CHUNKS_PER_PART)
+    }
+
+    /// The chunks of a part.
+    pub(super) fn part(&self, part: usize) -> Range<usize> {
+        part * CHUNKS_PER_PART..self.chunks().min((part + 1) * CHUNKS_PER_PART)
+    }
+
+    /// The part that starts with these chunks.
+    #[inline(always)]
+    pub(super) fn part_of(chunks: &Range<usize>) -> usize {
+        chunks.start / CHUNKS_PER_PART
+    }
+
+    /// Number of chunks of a task that needs no sums: as many as follow each other in memory, and not more than a part's.
+    pub(super) fn adjacent_chunks(&self) -> usize {
+        match self {
+            Geometry::Planar(planar) => planar.pieces.min(CHUNKS_PER_PART),
+            Geometry::Interleaved(_) => CHUNKS_PER_PART,
+        }
+    }
+
+    /// Number of values of each channel in a part.
+    pub(super) fn part_values(&self, part: usize) -> usize {
+        match self {
+            Geometry::Planar(planar) => self
+                .part(part)
+                .map(|chunk| planar.chunk_values(chunk))
+                .sum(),
+            Geometry::Interleaved(interleaved) => interleaved.pixels(&self.part(part)).len(),
         }
     }
 }
@@ -155,6 +176,8 @@ pub(super) struct Planar {
     batch: usize,
     channels: usize,
     plane: usize,
+    /// Channels of a group.
+    group: usize,
     /// Images of a chunk; 1 if planes are cut.
     images_per_chunk: usize,
     /// Pieces that a plane is cut into; 1 if a chunk has whole planes.
@@ -165,39 +188,32 @@ pub(super) struct Planar {
 
 impl Planar {
     fn new(batch: usize, channels: usize, plane: usize) -> Self {
-        let mut planar = Self {
+        // Pieces of nearly one size, and whole vectors but for the last.
+        let pieces = plane.div_ceil(PLANAR_CHUNK);
+        let piece = if pieces == 1 {
+            plane
+        } else {
+            plane.div_ceil(pieces).next_multiple_of(4 * LANES)
+        };
+        // Small planes are touched in the order of memory, so that pages and lines that they share are fetched once.
+        let adjacent = (PLANAR_CHUNK / plane).min(GROUP / (batch * plane));
+        Self {
             batch,
             channels,
             plane,
+            group: adjacent.clamp(1, STRIP.min(channels)),
             images_per_chunk: (PLANAR_CHUNK / plane).clamp(1, batch),
-            pieces: 1,
-            piece: plane,
-        };
-        if plane > PLANAR_CHUNK {
-            // Pieces of nearly one size, and whole vectors but for the last.
-            let pieces = plane.div_ceil(PLANAR_CHUNK);
-            planar.piece = plane.div_ceil(pieces).next_multiple_of(4 * LANES);
-            planar.pieces = plane.div_ceil(planar.piece);
+            pieces: plane.div_ceil(piece),
+            piece,
         }
-        planar
     }
 
     fn chunks(&self) -> usize {
         self.batch.div_ceil(self.images_per_chunk) * self.pieces
     }
 
-    /// The chunks of a part.
-    pub(super) fn part(&self, part: usize) -> Range<usize> {
-        part * PLANAR_CHUNKS_PER_PART..self.chunks().min((part + 1) * PLANAR_CHUNKS_PER_PART)
-    }
-
-    /// Number of values of a chunk.
-    pub(super) fn chunk_values(&self, chunk: usize) -> usize {
-        let (images, within) = self.chunk(chunk);
-        images.len() * within.len()
-    }
-
     /// The images of a chunk, and which elements of their planes.
+    #[inline(always)]
     fn chunk(&self, chunk: usize) -> (Range<usize>, Range<usize>) {
         let first = chunk / self.pieces * self.images_per_chunk;
         let start = chunk % self.pieces * self.piece;
@@ -207,15 +223,52 @@ impl Planar {
         )
     }
 
-    /// Calls `visit` for every run of a chunk.
-    #[inline(always)]
-    pub(super) fn runs(&self, channel: usize, chunk: usize, mut visit: impl FnMut(Run)) {
+    /// Number of values of a chunk.
+    pub(super) fn chunk_values(&self, chunk: usize) -> usize {
         let (images, within) = self.chunk(chunk);
-        for image in images {
-            visit(Run {
-                start: (image * self.channels + channel) * self.plane + within.start,
-                len: within.len(),
-            });
+        images.len() * within.len()
+    }
+
+    /// The runs of a channel's chunk, image by image.
+    #[inline(always)]
+    pub(super) fn runs(&self, channel: usize, chunk: usize) -> Runs {
+        let (images, within) = self.chunk(chunk);
+        Runs {
+            start: (images.start * self.channels + channel) * self.plane + within.start,
+            stride: self.channels * self.plane,
+            count: images.len(),
+            len: within.len(),
+        }
+    }
+
+    /// How far behind the values of a chunk are those that a task reads after it: the next chunk's, or the next channel's
+    /// first.
+    #[inline(always)]
+    pub(super) fn ahead(&self, channel: usize, chunk: usize, chunks: &Range<usize>) -> isize {
+        let next = if chunk + 1 < chunks.end {
+            self.runs(channel, chunk + 1)
+        } else {
+            self.runs(channel + 1, chunks.start)
+        };
+        next.start as isize - self.runs(channel, chunk).start as isize
+    }
+
+    /// Number of images of a chunk.
+    #[inline(always)]
+    pub(super) fn images(&self, chunk: usize) -> usize {
+        self.chunk(chunk).0.len()
+    }
+
+    /// The runs of a chunk in one of its images, channel by channel.
+    #[inline(always)]
+    pub(super) fn image_runs(&self, channels: &Range<usize>, chunk: usize, image: usize) -> Runs {
+        let (images, within) = self.chunk(chunk);
+        Runs {
+            start: ((images.start + image) * self.channels + channels.start) * self.plane
+                + within.start,
+            stride: self.plane,
+            count: channels.len(),
+            len: within.len(),
         }
     }
 }
@@ -226,20 +279,19 @@ pub(super) struct Interleaved {
     /// N · H · W.
     pixels: usize,
     channels: usize,
-    /// Channels of a task, but for the last.
-    strip: usize,
+    /// Channels of a group.
+    group: usize,
     /// Pixels of a run: more than 1 only with few channels.
     pixels_per_run: usize,
 }
 
 impl Interleaved {
     fn new(pixels: usize, channels: usize) -> Self {
+        let groups = channels.div_ceil(STRIP);
         Self {
             pixels,
             channels,
-            strip: channels
-                .div_ceil(channels.div_ceil(STRIP))
-                .next_multiple_of(LANES),
+            group: channels.div_ceil(groups).next_multiple_of(LANES),
             pixels_per_run: Self::pixels_per_run(channels),
         }
     }
@@ -255,34 +307,32 @@ impl Interleaved {
         }
     }
 
-    fn part_pixels(&self) -> usize {
-        self.pixels_per_run * INTERLEAVED_RUNS_PER_CHUNK * INTERLEAVED_CHUNKS_PER_PART
+    fn chunk_pixels(&self) -> usize {
+        self.pixels_per_run * INTERLEAVED_RUNS
     }
 
-    /// The pixels of a part.
-    pub(super) fn part(&self, part: usize) -> Range<usize> {
-        part * self.part_pixels()..self.pixels.min((part + 1) * self.part_pixels())
-    }
-
-    /// Calls `visit` with the pixels of every chunk of a part.
+    /// The pixels of some chunks.
     #[inline(always)]
-    pub(super) fn chunks(&self, part: usize, mut visit: impl FnMut(Range<usize>)) {
-        let pixels = self.part(part);
-        let chunk = self.pixels_per_run * INTERLEAVED_RUNS_PER_CHUNK;
-        for start in pixels.clone().step_by(chunk) {
-            visit(start..pixels.end.min(start + chunk));
-        }
+    pub(super) fn pixels(&self, chunks: &Range<usize>) -> Range<usize> {
+        chunks.start * self.chunk_pixels()..self.pixels.min(chunks.end * self.chunk_pixels())
     }
 
-    /// How many times the channels of a task follow each other in a run.
+    /// How far behind the values of some pixels are those of as many pixels more.
+    #[inline(always)]
+    pub(super) fn ahead(&self, pixels: &Range<usize>) -> isize {
+        (pixels.len() * self.channels) as isize
+    }
+
+    /// How many times the channels of a group follow each other in a run.
+    #[inline(always)]
     pub(super) fn repeats(&self) -> usize {
         self.pixels_per_run
     }
 
     /// The runs of some pixels that have the full length.
     #[inline(always)]
-    pub(super) fn full_runs(&self, channels: &Range<usize>, pixels: &Range<usize>) -> FullRuns {
-        FullRuns {
+    pub(super) fn full_runs(&self, channels: &Range<usize>, pixels: &Range<usize>) -> Runs {
+        Runs {
             start: pixels.start * self.channels + channels.start,
             stride: self.pixels_per_run * self.channels,
             count: pixels.len() / self.pixels_per_run,
@@ -290,32 +340,15 @@ impl Interleaved {
         }
     }
 
-    /// The shorter run at the end of some pixels. May be empty.
+    /// The shorter run at the end of some pixels, if there is one.
     #[inline(always)]
-    pub(super) fn last_run(&self, channels: &Range<usize>, pixels: &Range<usize>) -> Run {
+    pub(super) fn last_run(&self, channels: &Range<usize>, pixels: &Range<usize>) -> Runs {
         let rest = pixels.len() % self.pixels_per_run;
-        Run {
+        Runs {
             start: (pixels.end - rest) * self.channels + channels.start,
+            stride: 0,
+            count: usize::from(rest > 0),
             len: rest * channels.len(),
         }
-    }
-}
-
-/// Runs of one length at equal distances.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct FullRuns {
-    start: usize,
-    stride: usize,
-    /// How many.
-    pub(super) count: usize,
-    /// Elements of each.
-    pub(super) len: usize,
-}
-
-impl FullRuns {
-    /// Where a run starts.
-    #[inline(always)]
-    pub(super) fn start(&self, run: usize) -> usize {
-        self.start + run * self.stride
     }
 }

@@ -73,10 +73,25 @@ impl<'a, T: Element> Source<'a, T> {
             let block = unsafe { self.start.add(at).cast::<[T; LANES]>().read() };
             widen(level, &block)
         } else {
-            let mut block = [T::default(); LANES];
-            // SAFETY: `count` elements are inside, and fewer than the block's.
-            unsafe { std::ptr::copy_nonoverlapping(self.start.add(at), block.as_mut_ptr(), count) };
+            // SAFETY: `count` elements are inside.
+            let block = unsafe { level.load_first(self.start.add(at), count) };
             widen(level, &block)
+        }
+    }
+
+    /// Asks for the memory of the block that is `ahead` elements behind the block at `at`, if there is one.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Level>(self, level: S, at: usize, ahead: isize) {
+        const LINE: usize = 64;
+        let block = self
+            .start
+            .wrapping_add(at)
+            .wrapping_offset(ahead)
+            .cast::<u8>();
+        let mut byte = 0;
+        while byte < size_of::<[T; LANES]>() {
+            level.prefetch(block.wrapping_add(byte));
+            byte += LINE;
         }
     }
 
@@ -127,8 +142,8 @@ impl<'a, T: Element> Sink<'a, T> {
             // SAFETY: the block is inside; an array of T is aligned as T.
             unsafe { self.start.add(at).cast::<[T; LANES]>().write(block) };
         } else {
-            // SAFETY: `count` elements are inside, and fewer than the block's.
-            unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), self.start.add(at), count) };
+            // SAFETY: `count` elements are inside.
+            unsafe { level.store_first(self.start.add(at), &block, count) };
         }
     }
 

@@ -22,117 +22,191 @@ pub(super) struct Block {
     pub(super) count: usize,
 }
 
-/// `M` sums over a chunk of one channel. `terms` gives what the values of a block add to each; lanes beyond its count are
-/// ignored. `U` vectors are added to at once, so that additions need not wait for each other.
+impl Block {
+    /// `count` values from `position` on of the run that starts at `start`.
+    #[inline(always)]
+    pub(super) fn new(start: usize, position: usize, count: usize) -> Self {
+        Self {
+            at: start + position,
+            position,
+            count,
+        }
+    }
+}
+
+/// What is added up.
+pub(super) trait Terms<P: Real, const M: usize> {
+    /// What the values of a block add to each of `M` sums. Lanes beyond its count are ignored.
+    fn terms(&self, block: Block) -> [Lanes<P>; M];
+}
+
+/// Sums over a chunk of one channel. `U` vectors are added to at once, so that additions need not wait for each other.
 #[inline(always)]
 pub(super) fn planar_sums<P: Real, const M: usize, const U: usize>(
     planar: &Planar,
     channel: usize,
     chunk: usize,
-    terms: impl Fn(Block) -> [Lanes<P>; M],
+    terms: &impl Terms<P, M>,
 ) -> [P; M] {
     let mut sums = [[[P::ZERO; LANES]; U]; M];
-    planar.runs(channel, chunk, |run| {
-        let unrolled = run.len - run.len % (U * LANES);
-        for position in (0..unrolled).step_by(U * LANES) {
+    let runs = planar.runs(channel, chunk);
+    for run in 0..runs.count {
+        let start = runs.start(run);
+        let mut position = 0;
+        while position + U * LANES <= runs.len {
             for vector in 0..U {
-                let position = position + vector * LANES;
-                let added = terms(Block {
-                    at: run.start + position,
-                    position,
-                    count: LANES,
-                });
-                for (sum, added) in sums.iter_mut().zip(&added) {
-                    sum[vector] = add(&sum[vector], added);
-                }
+                let block = Block::new(start, position + vector * LANES, LANES);
+                add_block(&mut sums, vector, block, terms);
             }
+            position += U * LANES;
         }
-        blocks(run.len - unrolled, |position, count| {
-            let position = unrolled + position;
-            let added = terms(Block {
-                at: run.start + position,
-                position,
-                count,
-            });
-            for (sum, added) in sums.iter_mut().zip(&added) {
-                sum[0] = add(&sum[0], &first(added, count));
-            }
-        });
-    });
-    sums.map(|vectors| total(&vectors))
+        while position + LANES <= runs.len {
+            add_block(&mut sums, 0, Block::new(start, position, LANES), terms);
+            position += LANES;
+        }
+        if position < runs.len {
+            add_block(
+                &mut sums,
+                0,
+                Block::new(start, position, runs.len - position),
+                terms,
+            );
+        }
+    }
+    let mut totals = [P::ZERO; M];
+    for (total, vectors) in totals.iter_mut().zip(&sums) {
+        *total = sum_of_lanes(vectors);
+    }
+    totals
 }
 
-/// `M` sums over some pixels for each channel of a strip, at the strip's positions in `sums`, which is overwritten.
+/// Adds the values of a block to one vector of each sum.
+#[inline(always)]
+fn add_block<P: Real, const M: usize, const U: usize>(
+    sums: &mut [[Lanes<P>; U]; M],
+    vector: usize,
+    block: Block,
+    terms: &impl Terms<P, M>,
+) {
+    let added = terms.terms(block);
+    for (sum, added) in sums.iter_mut().zip(&added) {
+        sum[vector] = add(&sum[vector], &first(added, block.count));
+    }
+}
+
+/// Sums over some pixels for each channel of a strip, at the strip's positions in `sums`, which is overwritten.
 #[inline(always)]
 pub(super) fn interleaved_sums<P: Real, const M: usize>(
     interleaved: &Interleaved,
     channels: &Range<usize>,
     pixels: &Range<usize>,
     sums: &mut Table<P, M>,
-    terms: impl Fn(Block) -> [Lanes<P>; M],
+    terms: &impl Terms<P, M>,
 ) {
     *sums = Table::new();
     let runs = interleaved.full_runs(channels, pixels);
-    let quadruples = runs.count - runs.count % 4;
-    for run in (0..quadruples).step_by(4) {
-        blocks(runs.len, |position, count| {
-            let term = |run| {
-                terms(Block {
-                    at: runs.start(run) + position,
-                    position,
-                    count,
-                })
-            };
-            let four = [term(run), term(run + 1), term(run + 2), term(run + 3)];
-            for index in 0..M {
-                let added = add(
-                    &add(&four[0][index], &four[1][index]),
-                    &add(&four[2][index], &four[3][index]),
-                );
-                sums.add(index, position, &first(&added, count));
-            }
-        });
+    let fours = runs.count / 4;
+    for four in 0..fours {
+        let starts = [0, 1, 2, 3].map(|run| runs.start(four * 4 + run));
+        add_four_runs(starts, runs.len, sums, terms);
     }
-    let mut add_run = |start: usize, len: usize| {
-        blocks(len, |position, count| {
-            let added = terms(Block {
-                at: start + position,
-                position,
-                count,
-            });
-            for (index, added) in added.iter().enumerate() {
-                sums.add(index, position, &first(added, count));
-            }
-        });
-    };
-    for run in quadruples..runs.count {
-        add_run(runs.start(run), runs.len);
+    for run in fours * 4..runs.count {
+        add_run(runs.start(run), runs.len, sums, terms);
     }
     let last = interleaved.last_run(channels, pixels);
-    add_run(last.start, last.len);
+    for run in 0..last.count {
+        add_run(last.start(run), last.len, sums, terms);
+    }
     sums.fold(channels.len(), interleaved.repeats());
 }
 
-/// Joins what `leaf` gives for each of `0..count`, at least one: neighbours, then pairs of neighbours, and so on.
+/// Adds four runs of one length, pair to pair, so that the sums are fetched and stored once for all of them.
 #[inline(always)]
-pub(super) fn pairwise<R>(count: usize, leaf: impl Fn(usize) -> R, join: impl Fn(R, R) -> R) -> R {
+fn add_four_runs<P: Real, const M: usize>(
+    starts: [usize; 4],
+    len: usize,
+    sums: &mut Table<P, M>,
+    terms: &impl Terms<P, M>,
+) {
+    let mut position = 0;
+    while position + LANES <= len {
+        add_four_blocks(starts, position, LANES, sums, terms);
+        position += LANES;
+    }
+    if position < len {
+        add_four_blocks(starts, position, len - position, sums, terms);
+    }
+}
+
+#[inline(always)]
+fn add_four_blocks<P: Real, const M: usize>(
+    starts: [usize; 4],
+    position: usize,
+    count: usize,
+    sums: &mut Table<P, M>,
+    terms: &impl Terms<P, M>,
+) {
+    let a = terms.terms(Block::new(starts[0], position, count));
+    let b = terms.terms(Block::new(starts[1], position, count));
+    let c = terms.terms(Block::new(starts[2], position, count));
+    let d = terms.terms(Block::new(starts[3], position, count));
+    for sum in 0..M {
+        let added = add(&add(&a[sum], &b[sum]), &add(&c[sum], &d[sum]));
+        sums.add(sum, position, &first(&added, count));
+    }
+}
+
+#[inline(always)]
+fn add_run<P: Real, const M: usize>(
+    start: usize,
+    len: usize,
+    sums: &mut Table<P, M>,
+    terms: &impl Terms<P, M>,
+) {
+    for (position, count) in blocks(len) {
+        let added = terms.terms(Block::new(start, position, count));
+        for (sum, added) in added.iter().enumerate() {
+            sums.add(sum, position, &first(added, count));
+        }
+    }
+}
+
+/// What is joined in pairs.
+pub(super) trait Tree {
+    /// What is joined.
+    type Node;
+
+    /// The node of one part.
+    fn leaf(&self, part: usize) -> Self::Node;
+
+    /// The node of two neighbours.
+    fn join(&self, first: Self::Node, second: Self::Node) -> Self::Node;
+}
+
+/// Joins `count` leaves, at least one: neighbours, then pairs of neighbours, and so on.
+#[inline(always)]
+pub(super) fn pairwise<R: Tree>(tree: &R, count: usize) -> R::Node {
     // Level k waits with the join of 2^k leaves for the next 2^k: the digits of a binary counter. Not by recursion, which
-    // could not be inlined (see `Kernel`).
-    let mut waiting = [const { None }; usize::BITS as usize];
-    for index in 0..count {
-        let mut joined = leaf(index);
+    // could not be inlined.
+    let mut waiting: [Option<R::Node>; usize::BITS as usize] =
+        [const { None }; usize::BITS as usize];
+    for part in 0..count {
+        let mut node = tree.leaf(part);
         let mut level = 0;
-        while let Some(earlier) = Option::take(&mut waiting[level]) {
-            joined = join(earlier, joined);
+        while let Some(earlier) = waiting[level].take() {
+            node = tree.join(earlier, node);
             level += 1;
         }
-        waiting[level] = Some(joined);
+        waiting[level] = Some(node);
     }
-    waiting
-        .into_iter()
-        .flatten()
-        .reduce(|later, earlier| join(earlier, later))
-        .expect("at least one leaf")
+    let mut joined = None;
+    for earlier in waiting.into_iter().flatten() {
+        joined = Some(match joined {
+            Some(later) => tree.join(earlier, later),
+            None => earlier,
+        });
+    }
+    joined.expect("at least one leaf")
 }
 
 #[inline(always)]
@@ -152,7 +226,7 @@ fn first<P: Real>(values: &Lanes<P>, count: usize) -> Lanes<P> {
 
 /// The sum of all lanes of all vectors, halves with halves.
 #[inline(always)]
-fn total<P: Real, const U: usize>(vectors: &[Lanes<P>; U]) -> P {
+fn sum_of_lanes<P: Real, const U: usize>(vectors: &[Lanes<P>; U]) -> P {
     let mut sum = *vectors;
     let mut width = U;
     while width > 1 {

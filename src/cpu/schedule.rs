@@ -6,12 +6,12 @@ use rayon::prelude::*;
 
 use super::geometry::{Geometry, Task};
 
-/// A pass over tensors. A method touches only what belongs to the channels and the part that it is called for.
+/// A pass over tensors. A method touches only what belongs to the channels and the chunks that it is called for.
 pub(super) trait Pass: Sync {
     /// Bytes of all tensors for one channel's values.
     fn bytes_per_channel(&self) -> usize;
 
-    /// Sums up a task's values.
+    /// Sums up a task's values; its chunks are those of a part.
     fn reduce(&self, task: &Task);
 
     /// Makes what the pass yields per channel from the sums of all parts of `channels`.
@@ -42,41 +42,45 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
     } else {
         rayon::current_num_threads()
     };
-    let tasks = |work: &(dyn Fn(&Task) + Sync)| {
-        for_each(threads, geometry.tasks(), &|number| {
-            work(&geometry.task(number))
-        });
+    let groups = geometry.groups();
+    let part_tasks = geometry.parts() * groups;
+    let part_task = |number: usize| Task {
+        channels: geometry.group(number % groups),
+        chunks: geometry.part(number / groups),
     };
-    let finish = || {
-        for_each(threads, geometry.groups(), &|group| {
-            pass.finish(geometry.group(group))
-        })
-    };
+    let finish = || for_each(threads, groups, &|group| pass.finish(geometry.group(group)));
     match phases {
-        Phases::Apply => tasks(&|task| pass.apply(task)),
+        Phases::Apply => for_each(threads, apply_tasks(geometry), &|number| {
+            pass.apply(&apply_task(geometry, number));
+        }),
         Phases::Reduce => {
-            tasks(&|task| pass.reduce(task));
+            for_each(threads, part_tasks, &|number| {
+                pass.reduce(&part_task(number))
+            });
             finish();
         }
         Phases::Both => {
-            tasks(&|task| {
-                pass.reduce(task);
-                pass.apply(task);
+            for_each(threads, part_tasks, &|number| {
+                let task = part_task(number);
+                pass.reduce(&task);
+                pass.apply(&task);
             });
             finish();
         }
         Phases::ReduceThenApply if keeps_groups_cached(geometry, pass, threads) => {
-            for_each(threads, geometry.groups(), &|group| {
+            for_each(threads, groups, &|group| {
                 group_by_group(geometry, pass, group)
             });
         }
         Phases::ReduceThenApply => {
-            tasks(&|task| pass.reduce(task));
+            for_each(threads, part_tasks, &|number| {
+                pass.reduce(&part_task(number))
+            });
             finish();
             // What was read last is read first: it may still be in a cache.
-            let last = geometry.tasks() - 1;
+            let last = apply_tasks(geometry) - 1;
             for_each(threads, last + 1, &|number| {
-                pass.apply(&geometry.task(last - number))
+                pass.apply(&apply_task(geometry, last - number));
             });
         }
     }
@@ -92,22 +96,36 @@ const CACHE: usize = 1 << 20;
 /// once: where they fit a core's cache and there is a group for every thread.
 fn keeps_groups_cached(geometry: &Geometry, pass: &impl Pass, threads: usize) -> bool {
     let group = pass.bytes_per_channel() * geometry.group(0).len();
-    threads == 1 && geometry.groups() == 1 || group <= CACHE && geometry.groups() >= threads
+    group <= CACHE && geometry.groups() >= threads
 }
 
 fn group_by_group(geometry: &Geometry, pass: &impl Pass, group: usize) {
     let channels = geometry.group(group);
     let task = |part| Task {
         channels: channels.clone(),
-        part,
+        chunks: geometry.part(part),
     };
-    let parts = 0..geometry.parts();
-    for part in parts.clone() {
+    for part in 0..geometry.parts() {
         pass.reduce(&task(part));
     }
     pass.finish(channels.clone());
-    for part in parts.rev() {
+    for part in (0..geometry.parts()).rev() {
         pass.apply(&task(part));
+    }
+}
+
+/// Number of tasks for work that needs no sums.
+fn apply_tasks(geometry: &Geometry) -> usize {
+    geometry.chunks().div_ceil(geometry.adjacent_chunks()) * geometry.groups()
+}
+
+/// The tasks for work that needs no sums, in the order of memory as far as there is one.
+fn apply_task(geometry: &Geometry, number: usize) -> Task {
+    let adjacent = geometry.adjacent_chunks();
+    let first = number / geometry.groups() * adjacent;
+    Task {
+        channels: geometry.group(number % geometry.groups()),
+        chunks: first..geometry.chunks().min(first + adjacent),
     }
 }
 

@@ -36,20 +36,37 @@ pub(super) fn splat<P: Real>(value: P) -> Lanes<P> {
     [value; LANES]
 }
 
-/// Calls `visit` with first element and number of elements of each block of `len` elements: full ones, then what is left.
+/// First element and number of elements of each block of `len` elements: full ones, then what is left.
 #[inline(always)]
-pub(super) fn blocks(len: usize, mut visit: impl FnMut(usize, usize)) {
-    let full = len - len % LANES;
-    for at in (0..full).step_by(LANES) {
-        visit(at, LANES);
-    }
-    if full < len {
-        visit(full, len - full);
+pub(super) fn blocks(len: usize) -> Blocks {
+    Blocks { at: 0, len }
+}
+
+/// See [`blocks`].
+#[derive(Clone, Debug)]
+pub(super) struct Blocks {
+    at: usize,
+    len: usize,
+}
+
+impl Iterator for Blocks {
+    type Item = (usize, usize);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<(usize, usize)> {
+        if self.at == self.len {
+            return None;
+        }
+        let at = self.at;
+        let count = (self.len - at).min(LANES);
+        self.at += count;
+        Some((at, count))
     }
 }
 
 /// Work that is compiled for every instruction set. `run` and all it calls must be `#[inline(always)]`: a function that is
-/// not inlined into [`Simd::run`]'s is compiled without the instructions.
+/// not inlined into [`Simd::run`]'s is compiled without the instructions. A closure cannot be told so, and the compiler
+/// decides by its size and by how often it is called; hence traits where one would expect closures.
 pub(super) trait Kernel {
     /// What the work gives.
     type Output;
@@ -66,6 +83,31 @@ pub(super) trait Level: Copy {
     /// Rounds to nearest even.
     fn narrow_f16(self, lanes: &Lanes<f32>) -> [f16; LANES];
 
+    /// The first `count` elements of a block from `from` on, the others zero. Fewer than [`LANES`].
+    ///
+    /// # Safety
+    /// `count` elements may be read there.
+    #[inline(always)]
+    unsafe fn load_first<T: Element>(self, from: *const T, count: usize) -> [T; LANES] {
+        let mut block = [T::default(); LANES];
+        // SAFETY: `count` elements may be read, and fit the block.
+        unsafe { copy_few(from, block.as_mut_ptr(), count) };
+        block
+    }
+
+    /// Writes the first `count` elements of a block. Fewer than [`LANES`].
+    ///
+    /// # Safety
+    /// `count` elements may be written there.
+    #[inline(always)]
+    unsafe fn store_first<T: Element>(self, to: *mut T, block: &[T; LANES], count: usize) {
+        // SAFETY: `count` elements may be written, and are in the block.
+        unsafe { copy_few(block.as_ptr(), to, count) };
+    }
+
+    /// Asks for a line of memory, which will be read soon, if there is one at this address.
+    fn prefetch<T>(self, _address: *const T) {}
+
     /// Writes a block past the caches, so that its lines need not be read first. The write is ordered with other threads'
     /// accesses only by [`Level::fence`].
     ///
@@ -75,6 +117,36 @@ pub(super) trait Level: Copy {
 
     /// Ends a run of [`Level::stream`]: after it, other threads may be told of the writes as of any other.
     fn fence(self);
+}
+
+/// Copies fewer than [`LANES`] elements, by overlapping moves of a fixed size. A call of memcpy would take longer.
+///
+/// # Safety
+/// As [`std::ptr::copy_nonoverlapping`].
+#[inline(always)]
+unsafe fn copy_few<T>(from: *const T, to: *mut T, count: usize) {
+    /// Copies the first and the last `N` elements.
+    #[inline(always)]
+    unsafe fn both_ends<T, const N: usize>(from: *const T, to: *mut T, count: usize) {
+        // SAFETY: the caller has at least N elements, so that both ends are inside; an array of T is aligned as T.
+        unsafe {
+            let first = from.cast::<[T; N]>().read();
+            let last = from.add(count - N).cast::<[T; N]>().read();
+            to.cast::<[T; N]>().write(first);
+            to.add(count - N).cast::<[T; N]>().write(last);
+        }
+    }
+    debug_assert!(count < LANES);
+    // SAFETY: the caller's promise, and the count is at least the number of elements that each moves.
+    unsafe {
+        match count {
+            8.. => both_ends::<T, 8>(from, to, count),
+            4.. => both_ends::<T, 4>(from, to, count),
+            2.. => both_ends::<T, 2>(from, to, count),
+            1 => both_ends::<T, 1>(from, to, count),
+            0 => {}
+        }
+    }
 }
 
 /// What streamed blocks are aligned to: their size, or a cache line where that is less.
@@ -221,10 +293,19 @@ mod x86 {
     //! AVX2 and AVX-512.
 
     use std::arch::x86_64::*;
+    use std::mem::transmute_copy;
 
     use half::f16;
 
     use super::{Kernel, LANES, Lanes, Level};
+    use crate::element::Element;
+
+    /// The mask of the first `count` lanes.
+    #[inline(always)]
+    fn first(count: usize) -> u16 {
+        debug_assert!(count < LANES);
+        !(u16::MAX << count)
+    }
 
     /// AVX2 with fused multiply-add and conversion of half precision.
     #[derive(Clone, Copy, Debug)]
@@ -313,6 +394,12 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn prefetch<T>(self, address: *const T) {
+            // SAFETY: every x86-64 machine has SSE; a prefetch of an address without memory does nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+        }
+
+        #[inline(always)]
         fn fence(self) {
             // SAFETY: every x86-64 machine has SSE.
             unsafe { _mm_sfence() };
@@ -320,6 +407,49 @@ mod x86 {
     }
 
     impl Level for Avx512 {
+        #[inline(always)]
+        unsafe fn load_first<T: Element>(self, from: *const T, count: usize) -> [T; LANES] {
+            let mask = first(count);
+            // SAFETY: `self` proves AVX-512F, BW and VL; lanes that the mask leaves out are not read; the vectors have the
+            // size and, as numbers, every bit pattern of the block.
+            unsafe {
+                match size_of::<T>() {
+                    2 => transmute_copy(&_mm256_maskz_loadu_epi16(mask, from.cast())),
+                    4 => transmute_copy(&_mm512_maskz_loadu_epi32(mask, from.cast())),
+                    8 => transmute_copy(&[
+                        _mm512_maskz_loadu_epi64(mask as u8, from.cast()),
+                        _mm512_maskz_loadu_epi64(
+                            (mask >> 8) as u8,
+                            from.wrapping_add(LANES / 2).cast(),
+                        ),
+                    ]),
+                    _ => unreachable!("elements have 2, 4 or 8 bytes"),
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store_first<T: Element>(self, to: *mut T, block: &[T; LANES], count: usize) {
+            let mask = first(count);
+            // SAFETY: as in `load_first`, for writing.
+            unsafe {
+                match size_of::<T>() {
+                    2 => _mm256_mask_storeu_epi16(to.cast(), mask, transmute_copy(block)),
+                    4 => _mm512_mask_storeu_epi32(to.cast(), mask, transmute_copy(block)),
+                    8 => {
+                        let [low, high]: [__m512i; 2] = transmute_copy(block);
+                        _mm512_mask_storeu_epi64(to.cast(), mask as u8, low);
+                        _mm512_mask_storeu_epi64(
+                            to.wrapping_add(LANES / 2).cast(),
+                            (mask >> 8) as u8,
+                            high,
+                        );
+                    }
+                    _ => unreachable!("elements have 2, 4 or 8 bytes"),
+                }
+            }
+        }
+
         #[inline(always)]
         fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32> {
             // SAFETY: `self` proves AVX-512F. The block is read whole and needs no alignment; a vector of 16 f32 has the
@@ -356,6 +486,12 @@ mod x86 {
                     _mm256_stream_si256(to.cast(), value);
                 }
             }
+        }
+
+        #[inline(always)]
+        fn prefetch<T>(self, address: *const T) {
+            // SAFETY: every x86-64 machine has SSE; a prefetch of an address without memory does nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
         }
 
         #[inline(always)]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::coefficients::{Coefficients, Table, Uniform, invstd};
 use super::geometry::{Geometry, Interleaved, Planar, Task};
 use super::memory::{Sink, Source};
-use super::reduce::{Block, interleaved_sums, pairwise, planar_sums};
+use super::reduce::{Block, Terms, Tree, interleaved_sums, pairwise, planar_sums};
 use super::simd::{Kernel, LANES, Lanes, Level, blocks, lanes, splat};
 use super::workspace::Partials;
 use crate::element::{Element, Real};
@@ -36,126 +36,160 @@ impl<T: Element> Kernel for TaskStatistics<'_, T> {
     }
 }
 
-impl<T: Element> TaskStatistics<'_, T> {
-    /// x - K of a block.
+/// x - K.
+struct Shifted<'a, S, T, C> {
+    level: S,
+    x: Source<'a, T>,
+    coefficients: &'a C,
+}
+
+impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Shifted<'_, S, T, C> {
     #[inline(always)]
-    fn shifted<S: Level>(
-        &self,
-        level: S,
-        block: Block,
-        coefficients: &impl Coefficients<T::Param>,
-    ) -> Lanes<T::Param> {
+    fn terms(&self, block: Block) -> [Lanes<T::Param>; 1] {
         // SAFETY: the geometry's blocks are inside a tensor of its shape, and nothing writes x in these passes.
-        let x = unsafe { self.x.load(level, block.at, block.count) };
-        let pivot = coefficients.at(PIVOT, block.position);
-        lanes(|i| x[i] - pivot[i])
+        let x = unsafe { self.x.load(self.level, block.at, block.count) };
+        let pivot = self.coefficients.at(PIVOT, block.position);
+        [lanes(|i| x[i] - pivot[i])]
     }
+}
 
-    /// The squares of (x - K) - mean of a block.
+/// The squares of (x - K) - mean, of values that were read just before. Meanwhile what is read next is fetched.
+struct Squares<'a, S, T, C> {
+    shifted: Shifted<'a, S, T, C>,
+    /// How far behind a value is the one that is read next in its place.
+    ahead: isize,
+}
+
+impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Squares<'_, S, T, C> {
     #[inline(always)]
-    fn squares<S: Level>(
-        &self,
-        level: S,
-        block: Block,
-        coefficients: &impl Coefficients<T::Param>,
-    ) -> Lanes<T::Param> {
-        let shifted = self.shifted(level, block, coefficients);
+    fn terms(&self, block: Block) -> [Lanes<T::Param>; 1] {
+        let Shifted {
+            level,
+            x,
+            coefficients,
+        } = self.shifted;
+        x.prefetch(level, block.at, self.ahead);
+        let [shifted] = self.shifted.terms(block);
         let mean = coefficients.at(MEAN, block.position);
-        lanes(|i| (shifted[i] - mean[i]) * (shifted[i] - mean[i]))
+        [lanes(|i| (shifted[i] - mean[i]) * (shifted[i] - mean[i]))]
     }
+}
 
+impl<T: Element> TaskStatistics<'_, T> {
     #[inline(always)]
     fn planar<S: Level>(&self, level: S, planar: &Planar) {
-        let channel = self.task.channels.start;
-        // SAFETY: every channel has a first element, and nothing writes x in these passes.
-        let pivot = unsafe { pivot(self.x, self.geometry, channel) };
-        let mut state = Welford::EMPTY;
-        for chunk in planar.part(self.task.part) {
-            state = state.push_chunk(
-                planar.chunk_values(chunk) as u64,
-                || {
-                    let pivot = Uniform([pivot]);
-                    let [sum] = planar_sums::<_, 1, 4>(planar, channel, chunk, |block| {
-                        [self.shifted(level, block, &pivot)]
-                    });
-                    sum
-                },
-                |mean| {
-                    let centre = Uniform([pivot, mean]);
-                    let [sum] = planar_sums::<_, 1, 4>(planar, channel, chunk, |block| {
-                        [self.squares(level, block, &centre)]
-                    });
-                    sum
-                },
-            );
+        let Task { channels, chunks } = self.task;
+        for channel in channels.clone() {
+            // SAFETY: every channel has a first element, and nothing writes x in these passes.
+            let pivot = unsafe { pivot(self.x, self.geometry, channel) };
+            let mut state = Welford::EMPTY;
+            for chunk in chunks.clone() {
+                let values = planar.chunk_values(chunk);
+                let shifted = Shifted {
+                    level,
+                    x: self.x,
+                    coefficients: &Uniform([pivot]),
+                };
+                let [sum] = planar_sums::<_, 1, 4>(planar, channel, chunk, &shifted);
+                let mean = sum / T::Param::from_f64(values as f64);
+                let squares = Squares {
+                    shifted: Shifted {
+                        level,
+                        x: self.x,
+                        coefficients: &Uniform([pivot, mean]),
+                    },
+                    ahead: planar.ahead(channel, chunk, chunks),
+                };
+                let [squares] = planar_sums::<_, 1, 4>(planar, channel, chunk, &squares);
+                state = state.push_chunk(values as u64, mean, squares);
+            }
+            let partial = [splat(state.mean), splat(state.variance)];
+            // SAFETY: no other task has this channel and part.
+            unsafe {
+                self.partials
+                    .store(level, Geometry::part_of(chunks), channel, 1, &partial)
+            };
         }
-        let partial = [splat(state.mean), splat(state.variance)];
-        // SAFETY: no other task has this channel and part.
-        unsafe {
-            self.partials
-                .store(level, self.task.part, channel, 1, &partial)
-        };
     }
 
     #[inline(always)]
     fn interleaved<S: Level>(&self, level: S, interleaved: &Interleaved) {
-        let channels = &self.task.channels;
-        let repeats = interleaved.repeats();
+        let Task { channels, chunks } = self.task;
         let mut strip = Table::<T::Param, 2>::new();
-        blocks(channels.len(), |at, count| {
+        for (at, count) in blocks(channels.len()) {
             // SAFETY: the first pixel has all channels, and nothing writes x in these passes.
             let first = unsafe { self.x.load(level, channels.start + at, count) };
-            strip.set(
-                PIVOT,
-                at,
-                &lanes(|i| {
-                    if first[i].is_finite() {
-                        first[i]
-                    } else {
-                        T::Param::ZERO
-                    }
-                }),
-            );
-        });
-        strip.repeat(channels.len(), repeats);
-
+            strip.set(PIVOT, at, &lanes(|i| finite_or_zero(first[i])));
+        }
         let mut state = Table::<T::Param, 2>::new();
         let mut counted = 0;
-        let mut sums = Table::<T::Param, 1>::new();
-        interleaved.chunks(self.task.part, |pixels| {
-            let values = T::Param::from_f64(pixels.len() as f64);
-            interleaved_sums(interleaved, channels, &pixels, &mut sums, |block| {
-                [self.shifted(level, block, &strip)]
-            });
-            blocks(channels.len(), |at, _| {
-                let sum = sums.at(0, at);
-                strip.set(MEAN, at, &lanes(|i| sum[i] / values));
-            });
-            strip.repeat(channels.len(), repeats);
-            interleaved_sums(interleaved, channels, &pixels, &mut sums, |block| {
-                [self.squares(level, block, &strip)]
-            });
-            let weights = (counted > 0).then(|| Weights::new(counted, pixels.len() as u64));
-            blocks(channels.len(), |at, _| {
-                let squares = sums.at(0, at);
-                let chunk = [strip.at(MEAN, at), lanes(|i| squares[i] / values)];
-                let merged = match weights {
-                    Some(weights) => merge(weights, &[state.at(0, at), state.at(1, at)], &chunk),
-                    None => chunk,
-                };
-                state.set(0, at, &merged[0]);
-                state.set(1, at, &merged[1]);
-            });
+        for chunk in chunks.clone() {
+            let pixels = interleaved.pixels(&(chunk..chunk + 1));
+            self.push_chunk(level, interleaved, &pixels, &mut strip, &mut state, counted);
             counted += pixels.len() as u64;
-        });
-        blocks(channels.len(), |at, count| {
+        }
+        for (at, count) in blocks(channels.len()) {
             let partial = [state.at(0, at), state.at(1, at)];
             // SAFETY: no other task has these channels and this part.
             unsafe {
-                self.partials
-                    .store(level, self.task.part, channels.start + at, count, &partial)
+                self.partials.store(
+                    level,
+                    Geometry::part_of(chunks),
+                    channels.start + at,
+                    count,
+                    &partial,
+                )
             };
-        });
+        }
+    }
+
+    /// Merges the mean and variance of some pixels into `state`, which has `counted` pixels. `strip` has the pivots, and
+    /// room for the mean of the chunk.
+    #[inline(always)]
+    fn push_chunk<S: Level>(
+        &self,
+        level: S,
+        interleaved: &Interleaved,
+        pixels: &Range<usize>,
+        strip: &mut Table<T::Param, 2>,
+        state: &mut Table<T::Param, 2>,
+        counted: u64,
+    ) {
+        let channels = &self.task.channels;
+        let values = T::Param::from_f64(pixels.len() as f64);
+        let mut sums = Table::<T::Param, 1>::new();
+
+        strip.repeat(channels.len(), interleaved.repeats());
+        let shifted = Shifted {
+            level,
+            x: self.x,
+            coefficients: &*strip,
+        };
+        interleaved_sums(interleaved, channels, pixels, &mut sums, &shifted);
+        for (at, _) in blocks(channels.len()) {
+            let sum = sums.at(0, at);
+            strip.set(MEAN, at, &lanes(|i| sum[i] / values));
+        }
+        strip.repeat(channels.len(), interleaved.repeats());
+        let squares = Squares {
+            shifted: Shifted {
+                level,
+                x: self.x,
+                coefficients: &*strip,
+            },
+            ahead: interleaved.ahead(pixels),
+        };
+        interleaved_sums(interleaved, channels, pixels, &mut sums, &squares);
+        for (at, _) in blocks(channels.len()) {
+            let squares = sums.at(0, at);
+            let mut moments = [strip.at(MEAN, at), lanes(|i| squares[i] / values)];
+            if counted > 0 {
+                let weights = Weights::new(counted, pixels.len() as u64);
+                moments = merge(weights, &[state.at(0, at), state.at(1, at)], &moments);
+            }
+            state.set(0, at, &moments[0]);
+            state.set(1, at, &moments[1]);
+        }
     }
 }
 
@@ -166,12 +200,13 @@ impl<T: Element> TaskStatistics<'_, T> {
 #[inline(always)]
 unsafe fn pivot<T: Element>(x: Source<'_, T>, geometry: &Geometry, channel: usize) -> T::Param {
     // SAFETY: the caller's promise.
-    let first = unsafe { x.get(geometry.first_value(channel)) };
-    if first.is_finite() {
-        first
-    } else {
-        T::Param::ZERO
-    }
+    finite_or_zero(unsafe { x.get(geometry.first_value(channel)) })
+}
+
+/// A pivot that can be subtracted without making a NaN.
+#[inline(always)]
+fn finite_or_zero<P: Real>(value: P) -> P {
+    if value.is_finite() { value } else { P::ZERO }
 }
 
 /// (mean, variance) of the union, lane by lane.
@@ -222,24 +257,27 @@ impl<T: Element> Kernel for FinishStatistics<'_, T> {
 
     #[inline(always)]
     fn run<S: Level>(self, level: S) {
-        blocks(self.channels.len(), |at, count| {
+        for (at, count) in blocks(self.channels.len()) {
             let channel = self.channels.start + at;
             let mut pivots = [T::Param::ZERO; LANES];
             for (lane, value) in pivots.iter_mut().take(count).enumerate() {
                 // SAFETY: the channel exists, and nothing writes x in these passes.
                 *value = unsafe { pivot(self.x, self.geometry, channel + lane) };
             }
-            let [mean, variance] = self.batch(level, channel, count);
+            let parts = PartMoments {
+                level,
+                geometry: self.geometry,
+                partials: self.partials,
+                channel,
+                count,
+            };
+            let ([mean, variance], _) = pairwise(&parts, self.geometry.parts());
             // SAFETY: no other task has these channels, and all sinks have one element per channel.
             unsafe {
                 self.saved.pivot.store(level, channel, count, &pivots);
                 self.saved.offset.store(level, channel, count, &mean);
-                self.saved.invstd.store(
-                    level,
-                    channel,
-                    count,
-                    &lanes(|i| invstd(variance[i], self.eps)),
-                );
+                let invstd = lanes(|i| invstd(variance[i], self.eps));
+                self.saved.invstd.store(level, channel, count, &invstd);
             }
             if let Some(running) = self.running {
                 let values = self.geometry.values() as f64;
@@ -251,30 +289,36 @@ impl<T: Element> Kernel for FinishStatistics<'_, T> {
                 // SAFETY: as above.
                 unsafe { running.update(level, channel, count, &batch) };
             }
-        });
+        }
     }
 }
 
-impl<T: Element> FinishStatistics<'_, T> {
-    /// (mean of x - K, variance) of `count` channels from `channel` on.
+/// Mean and variance of all parts of some channels.
+struct PartMoments<'a, S, P> {
+    level: S,
+    geometry: &'a Geometry,
+    partials: Partials<'a, P>,
+    channel: usize,
+    count: usize,
+}
+
+impl<S: Level, P: Real> Tree for PartMoments<'_, S, P> {
+    type Node = ([Lanes<P>; 2], u64);
+
     #[inline(always)]
-    fn batch<S: Level>(&self, level: S, channel: usize, count: usize) -> [Lanes<T::Param>; 2] {
-        let (moments, _) = pairwise(
-            self.geometry.parts(),
-            |part| {
-                // SAFETY: all parts of these channels have been computed, and nothing writes them any more.
-                let moments = unsafe { self.partials.load(level, part, channel, count) };
-                (moments, self.geometry.part_values(part) as u64)
-            },
-            |(first, first_values), (second, second_values)| {
-                let weights = Weights::new(first_values, second_values);
-                (
-                    merge(weights, &first, &second),
-                    first_values + second_values,
-                )
-            },
-        );
-        moments
+    fn leaf(&self, part: usize) -> Self::Node {
+        // SAFETY: all parts of these channels have been computed, and nothing writes them any more.
+        let moments = unsafe {
+            self.partials
+                .load(self.level, part, self.channel, self.count)
+        };
+        (moments, self.geometry.part_values(part) as u64)
+    }
+
+    #[inline(always)]
+    fn join(&self, first: Self::Node, second: Self::Node) -> Self::Node {
+        let weights = Weights::new(first.1, second.1);
+        (merge(weights, &first.0, &second.0), first.1 + second.1)
     }
 }
 

@@ -74,12 +74,10 @@ impl<P: Real> Partials<'_, P> {
         channel: usize,
         count: usize,
     ) -> [Lanes<P>; 2] {
+        let at = part * self.channels + channel;
+        let [first, second] = self.numbers.map(Sink::source);
         // SAFETY: the caller's promise.
-        self.numbers.map(|numbers| unsafe {
-            numbers
-                .source()
-                .load(level, part * self.channels + channel, count)
-        })
+        unsafe { [first.load(level, at, count), second.load(level, at, count)] }
     }
 
     /// Writes the numbers of `count` channels from `channel` on.
