@@ -334,7 +334,7 @@ fn accumulating_is_writing_and_adding<B: Device>(device: &B) {
             let mut expected = run_as(device, &case, &setting.form()).unwrap();
             for gradient in [&mut expected.dweight, &mut expected.dbias] {
                 let values = gradient.as_mut().unwrap();
-                values.iter_mut().zip(&start).for_each(|(value, &start)| *value = P::from_f64(start) + *value);
+                values.iter_mut().zip(&start).for_each(|(value, &start)| *value += P::from_f64(start));
             }
             let form = Form {
                 accumulate_to: Some(start),

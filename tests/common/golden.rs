@@ -107,7 +107,7 @@ impl File {
 
     /// A file of the project by its name without the ending.
     pub fn named(name: &str) -> Self {
-        let path = folder().join(name).with_added_extension("safetensors");
+        let path = folder().join(format!("{name}.safetensors"));
         Self::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 

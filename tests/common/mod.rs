@@ -59,7 +59,6 @@ pub fn assert_near<T: Element>(what: &str, shape: Shape, got: &Values, want: &Va
             _ => T::Param::DTYPE,
         };
         let limit = times * limit(dtype);
-        // A comparison that a NaN fails.
         assert!(
             error <= limit,
             "{what}, {shape}, {}: {name} has scaled error {error:.2e}, limit {limit:.1e}",

@@ -196,7 +196,7 @@ pub fn reference<T: Element>(case: &Case<T>) -> (Values, Scales) {
     (values, scales)
 }
 
-/// The scaled error of every tensor that is due. Infinite where NaN, infinity, presence or length differ.
+/// The scaled error of every tensor that is due: never NaN, and infinite where NaN, infinity, presence or length differ.
 pub fn errors(shape: Shape, got: &Values, want: &Values, scales: &Scales) -> Vec<(&'static str, f64)> {
     got.tensors()
         .into_iter()
