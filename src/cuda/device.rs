@@ -199,3 +199,87 @@ fn read_limits(context: &Arc<CudaContext>) -> Result<DeviceLimits> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::backend::Backend;
+    use crate::cuda::plan::{Alignment, Operation};
+    use crate::{BatchNorm2d, BatchNorm2dConfig, Cuda, Dtype, Saved, Shape};
+
+    /// A context of the stand-in, with a device that nobody else has.
+    fn cuda() -> Cuda {
+        emulator::install();
+        let context = CudaContext::new(emulator::ordinal("small-75")).expect("the stand-in's device");
+        let stream = context.default_stream();
+        Cuda::with_cache(stream, DiskCache::Off).expect("the stand-in's device")
+    }
+
+    /// From now on the device runs these operations with 64-bit offsets, which it would for 2^31 elements and more.
+    fn widen(cuda: &Cuda, shape: Shape) {
+        for operation in [Operation::Train, Operation::Eval, Operation::Backward] {
+            let problem = Problem {
+                alignment: Alignment::FULL,
+                ..Problem::new(operation, shape, Dtype::F32)
+            };
+            let mut plan = Plan::new(&problem, &cuda.device.limits).expect("a plan");
+            for launch in &mut plan.kernels {
+                assert!(!launch.instantiation.wide_index);
+                launch.instantiation.wide_index = true;
+            }
+            let functions = plan
+                .kernels
+                .iter()
+                .map(|launch| cuda.device.function(&launch.instantiation).expect("a kernel"))
+                .collect();
+            let mut prepared = cuda.device.prepared.write().expect("no test has panicked here");
+            prepared.insert(problem, Arc::new(Prepared { plan, functions }));
+        }
+    }
+
+    /// Forward, evaluation and backward: all their results.
+    fn results(cuda: &Cuda, shape: Shape) -> Vec<Vec<f32>> {
+        let values: Vec<f32> = (0..shape.len().unwrap()).map(|i| (i * 31 % 97) as f32 - 40.0).collect();
+        let mut bn: BatchNorm2d<Cuda> = BatchNorm2d::new(cuda, BatchNorm2dConfig::new(shape.channels)).unwrap();
+        let mut saved: Saved<Cuda, f32> = bn.prepare(shape).unwrap();
+        let mut gradients = bn.gradients().unwrap();
+        let x = cuda.upload(&values).unwrap();
+        let mut dx = cuda.zeros::<f32>(values.len()).unwrap();
+        let y = bn.forward_train_alloc(&x, &mut saved).unwrap();
+        let evaluated = bn.forward_eval_alloc(shape, &x).unwrap();
+        bn.backward(&x, &evaluated, &mut saved, &mut dx, &mut gradients)
+            .unwrap();
+        [&y, &evaluated, &dx, &gradients.weight, &gradients.bias]
+            .map(|buffer| cuda.to_vec(buffer.as_view()).unwrap())
+            .into()
+    }
+
+    #[test]
+    fn wide_offsets_give_the_same_bits() {
+        for shape in [
+            Shape::nchw(3, 4, 8, 8),                  // planes
+            Shape::nchw(2, 3, 11, 7),                 // planes with edges
+            Shape::nchw(5, 8, 7, 7),                  // columns of planes
+            Shape::nchw(3, 12, 5, 5).channels_last(), // columns of pixels
+        ] {
+            let narrow = results(&cuda(), shape);
+            let wide_device = cuda();
+            widen(&wide_device, shape);
+            let compiled = wide_device.compile_report().compiled;
+            assert_eq!(results(&wide_device, shape), narrow, "{shape}");
+            // The pass ran what was put there: nothing else was compiled for it.
+            assert_eq!(wide_device.compile_report().compiled, compiled, "{shape}");
+        }
+    }
+
+    #[test]
+    fn plans_are_kept_up_to_a_bound() {
+        let cuda = cuda();
+        let problem = |height| Problem::new(Operation::Eval, Shape::nchw(1, 1, height, 4), Dtype::F32);
+        for height in 1..=PLANS_KEPT + 3 {
+            cuda.device.prepare(&problem(height)).unwrap();
+        }
+        let kept = cuda.device.prepared.read().unwrap().len();
+        assert!((1..=PLANS_KEPT).contains(&kept), "{kept}");
+    }
+}

@@ -115,7 +115,7 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// The ordinary case: aligned, affine, with running statistics by momentum, all gradients wanted.
+    /// The ordinary case: aligned and affine; in training running statistics by momentum; backward all gradients wanted.
     pub const fn new(operation: Operation, shape: Shape, dtype: Dtype) -> Self {
         Self {
             operation,
@@ -130,11 +130,33 @@ impl Problem {
             parameter_gradients: true,
             accumulate: false,
         }
+        .canonical()
     }
 
-    /// Sets [`Problem::epilogue`].
+    /// Sets [`Problem::epilogue`]; backward, a residual's gradient is wanted.
     pub const fn epilogue(self, epilogue: Epilogue) -> Self {
-        Self { epilogue, ..self }
+        Self {
+            epilogue,
+            residual_gradient: true,
+            ..self
+        }
+        .canonical()
+    }
+
+    /// The same problem with everything off that does not concern it, so that equal problems compare equal.
+    pub const fn canonical(self) -> Self {
+        let backward = matches!(self.operation, Operation::Backward | Operation::BackwardEval);
+        Self {
+            tracking: match self.operation {
+                Operation::Train => self.tracking,
+                _ => Tracking::None,
+            },
+            input_gradient: self.input_gradient && backward,
+            residual_gradient: self.residual_gradient && backward && matches!(self.epilogue, Epilogue::AddRelu),
+            parameter_gradients: self.parameter_gradients && backward,
+            accumulate: self.accumulate && self.parameter_gradients && backward,
+            ..self
+        }
     }
 
     /// The fewest tensors that must cross memory, each one read or written once.
@@ -143,7 +165,7 @@ impl Problem {
         match self.operation {
             Operation::Train | Operation::Eval => 2 + residual,
             Operation::Backward | Operation::BackwardEval => {
-                let outputs = u64::from(self.input_gradient) + u64::from(self.wants_residual_gradient());
+                let outputs = u64::from(self.input_gradient) + u64::from(self.residual_gradient);
                 // In evaluation, dx alone needs no x, unless to compute the relu's mask again.
                 let x = self.needs_sums() || (self.input_gradient && self.epilogue == Epilogue::Relu);
                 1 + residual + u64::from(x) + outputs
@@ -158,10 +180,6 @@ impl Problem {
             Operation::Backward => self.input_gradient || self.parameter_gradients,
             Operation::BackwardEval => self.parameter_gradients,
         }
-    }
-
-    fn wants_residual_gradient(&self) -> bool {
-        self.residual_gradient && self.epilogue == Epilogue::AddRelu
     }
 
     fn validate(&self) -> Result<()> {
@@ -247,9 +265,13 @@ impl Plan {
     /// [`Error::EmptyDimension`], [`Error::ShapeOverflow`], [`Error::OneValuePerChannel`].
     pub fn new(problem: &Problem, limits: &DeviceLimits) -> Result<Self> {
         problem.validate()?;
-        let planner = Planner { problem, limits };
+        let problem = problem.canonical();
+        let planner = Planner {
+            problem: &problem,
+            limits,
+        };
         Ok(Self {
-            problem: *problem,
+            problem,
             device: limits.name.clone(),
             kernels: if problem.shape.is_empty() {
                 Vec::new()
@@ -336,14 +358,14 @@ impl Planner<'_> {
             Operation::Train => vec![self.statistics(), self.apply(true)],
             Operation::Eval => vec![self.apply(false)],
             Operation::Backward => {
-                let gradients = problem.input_gradient || problem.wants_residual_gradient();
+                let gradients = problem.input_gradient || problem.residual_gradient;
                 let reduce = problem.needs_sums().then(|| self.backward_reduce(true));
                 let apply = gradients.then(|| self.backward_apply(problem.input_gradient));
                 reduce.into_iter().chain(apply).collect()
             }
             // Here dx does not depend on the sums, so one kernel finds both.
             Operation::BackwardEval if problem.parameter_gradients => vec![self.backward_reduce(false)],
-            Operation::BackwardEval if problem.input_gradient || problem.wants_residual_gradient() => {
+            Operation::BackwardEval if problem.input_gradient || problem.residual_gradient => {
                 vec![self.backward_apply(false)]
             }
             Operation::BackwardEval => Vec::new(),
@@ -367,11 +389,7 @@ impl Planner<'_> {
 
     fn apply(&self, batch_statistics: bool) -> KernelLaunch {
         let problem = self.problem;
-        let tracking = if batch_statistics {
-            problem.tracking
-        } else {
-            Tracking::None
-        };
+        let tracking = problem.tracking;
         let kernel = (Kernel::Apply, problem.epilogue, false);
         self.launch(kernel, STAGED_NUMBERS, |counts, tensors, tiling| {
             counts.read_tensors(tensors);
@@ -420,7 +438,7 @@ impl Planner<'_> {
     }
 
     fn gradient_outputs(&self) -> u64 {
-        u64::from(self.problem.input_gradient) + u64::from(self.problem.wants_residual_gradient())
+        u64::from(self.problem.input_gradient) + u64::from(self.problem.residual_gradient)
     }
 
     fn launch(
