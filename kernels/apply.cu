@@ -1,12 +1,12 @@
-// y = epilogue((x - mean) * invstd * weight + bias): the second half of a forward pass by batch statistics, and the whole
-// of one by running statistics.
+// y = epilogue((x - mean) * invstd * weight + bias): the second half of a forward pass by batch statistics, and the
+// whole of one by running statistics.
 //
-// Reads x once (and the residual), writes y once: 2T bytes, 3T with a residual; per task the strip's per-channel numbers.
-// In training it also moves the running statistics, once per channel, and counts the batch: it is the last launch, so that
-// a failure before it leaves the module as it was.
+// Reads x once (and the residual), writes y once: 2T bytes, 3T with a residual; per task the strip's per-channel
+// numbers. In training it also moves the running statistics, once per channel, and counts the batch: it is the last
+// launch, so that a failure before it leaves the module as it was.
 //
-// Called by the launcher of forward passes. One block of THREADS threads per task; shared memory: Staged::ROWS numbers per
-// channel of a strip. y may lie over x.
+// Called by the launcher of forward passes. One block of THREADS threads per task; shared memory: Staged::ROWS numbers
+// per channel of a strip. y may lie over x.
 //
 // Blocks take the tasks from the last to the first: what statistics.cu read last is still in the L2 cache.
 #include "epilogue.cuh"

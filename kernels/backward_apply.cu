@@ -5,12 +5,12 @@
 // and the whole of one by running statistics without parameter gradients, dx = weight * invstd * g. There g is the
 // gradient at y as far as the epilogue lets it pass.
 //
-// By batch statistics it reads x and dy once (and y for the residual form) and writes dx once (and dz): 3T bytes, 5T with a
-// residual. By running statistics x is read only for the mask of a relu: 2T, 3T with relu, 4T with a residual. Per task the
-// strip's per-channel numbers.
+// By batch statistics it reads x and dy once (and y for the residual form) and writes dx once (and dz): 3T bytes, 5T
+// with a residual. By running statistics x is read only for the mask of a relu: 2T, 3T with relu, 4T with a residual.
+// Per task the strip's per-channel numbers.
 //
-// Called by the launcher of backward passes. One block of THREADS threads per task; shared memory: Staged::ROWS + 2 numbers
-// per channel of a strip. dx may lie over dy. Tasks are taken from the last to the first, as in apply.cu.
+// Called by the launcher of backward passes. One block of THREADS threads per task; shared memory: Staged::ROWS + 2
+// numbers per channel of a strip. dx may lie over dy. Tasks are taken from the last to the first, as in apply.cu.
 #include "epilogue.cuh"
 #include "normalise.cuh"
 
@@ -72,7 +72,8 @@ KERNEL(backward_apply, Arguments, THREADS) {
           const Element seen =
               HAS_RESIDUAL ? y[u].lane[e] : forward_epilogue(normaliser.normalised(value, e), Element());
           const Real g = backward_epilogue(to_real(dy[u].lane[e]), seen);
-          const Real shared = BATCH_STATISTICS ? fma_rn(normaliser.centred(value, e), slope[e], mean_gradient[e]) : Real(0);
+          const Real shared =
+              BATCH_STATISTICS ? fma_rn(normaliser.centred(value, e), slope[e], mean_gradient[e]) : Real(0);
           from_real((g - shared) * normaliser.scale[e], dx.lane[e]);
           from_real(g, dz.lane[e]);
         }

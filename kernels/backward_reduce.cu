@@ -1,9 +1,9 @@
-// Per channel, the sums over the gradient that the backward pass needs: Σ g and Σ g * (x - mean), where g is the gradient
-// at y as far as the epilogue lets it pass.
+// Per channel, the sums over the gradient that the backward pass needs: Σ g and Σ g * (x - mean), where g is the
+// gradient at y as far as the epilogue lets it pass.
 //
 // Reads x and dy once (and y for the residual form): 2T bytes, 3T with a residual; per task the strip's per-channel
-// numbers. Writes both sums per channel, and the gradients at weight and bias if they are wanted; with more than one split
-// also one partial result per channel and split, written and read once.
+// numbers. Writes both sums per channel, and the gradients at weight and bias if they are wanted; with more than one
+// split also one partial result per channel and split, written and read once.
 //
 // In evaluation the gradient at x does not depend on the sums: where both are wanted, this kernel alone writes dx = g *
 // invstd * weight, and dz = g, beside them (STORES_GRADIENT): T bytes more for each.
@@ -22,11 +22,11 @@ struct Arguments {
   Element* dz;
   Normalisation normalisation;
   Partials partials;
-  Real* sum;           // Σ g per channel
-  Real* sum_centred;   // Σ g * (x - mean) per channel
-  Real* weight;        // gradient at weight; absent: not wanted
-  Real* bias;          // gradient at bias
-  u64 accumulate;      // add to them, instead of writing over them
+  Real* sum;          // Σ g per channel
+  Real* sum_centred;  // Σ g * (x - mean) per channel
+  Real* weight;       // gradient at weight; absent: not wanted
+  Real* bias;         // gradient at bias
+  u64 accumulate;     // add to them, instead of writing over them
   Tiling tiling;
 };
 
@@ -55,9 +55,7 @@ struct Sums {
   DEVICE static Sums merge(const Sums& a, const Sums& b) {
     return from(0, a.gradient + b.gradient, a.centred + b.centred);
   }
-  DEVICE Sums shuffled(int lanes) const {
-    return from(0, shuffle_xor(gradient, lanes), shuffle_xor(centred, lanes));
-  }
+  DEVICE Sums shuffled(int lanes) const { return from(0, shuffle_xor(gradient, lanes), shuffle_xor(centred, lanes)); }
   DEVICE u64 weight() const { return 0; }
   DEVICE Real first() const { return gradient; }
   DEVICE Real second() const { return centred; }
@@ -102,8 +100,8 @@ KERNEL(backward_reduce, Arguments, THREADS) {
         Pack dx, dz;
 #pragma unroll
         for (int e = 0; e < VECTOR; e++) {
-          const Element seen = HAS_RESIDUAL ? y[u].lane[e]
-                                            : forward_epilogue(normaliser.normalised(x[u].lane[e], e), Element());
+          const Element seen =
+              HAS_RESIDUAL ? y[u].lane[e] : forward_epilogue(normaliser.normalised(x[u].lane[e], e), Element());
           const Real g = owns(spans[u], e) ? backward_epilogue(to_real(dy[u].lane[e]), seen) : Real(0);
           const Real distance = owns(spans[u], e) ? normaliser.centred(x[u].lane[e], e) : Real(0);
           sums[e] = sums[e] + g;
@@ -129,7 +127,8 @@ KERNEL(backward_reduce, Arguments, THREADS) {
 
     Sums states[LANES];
 #pragma unroll
-    for (int lane = 0; lane < LANES; lane++) states[lane] = Sums::from(0, gradient[lane].total(), centred[lane].total());
+    for (int lane = 0; lane < LANES; lane++)
+      states[lane] = Sums::from(0, gradient[lane].total(), centred[lane].total());
     reduce_strip(tiling, task, states, exchange, arguments.partials, [&](u32 channel, const Sums& total) {
       const Index c = task.channel + channel;
       store_one(arguments.sum + c, total.gradient);

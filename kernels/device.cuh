@@ -4,8 +4,8 @@
 // So a second implementation of the same names is enough to run them on a host: under BATCHNORM_STAND_IN the stand-in
 // driver of tests/emulator supplies it. Each name below must mean the same in both.
 //
-// Arithmetic is IEEE round-to-nearest without contraction (--fmad=false): a fused multiply-add is written fma_rn. That is
-// why a GPU and the stand-in agree bit for bit.
+// Arithmetic is IEEE round-to-nearest without contraction (--fmad=false): a fused multiply-add is written fma_rn. That
+// is why a GPU and the stand-in agree bit for bit.
 #pragma once
 
 typedef unsigned char u8;
@@ -76,7 +76,8 @@ DEVICE void from_real(float x, bf16& out) {
 #if __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
 #else
-  // No instruction before compute capability 8.0: add half a unit in the last place, minus one for a tie on an even number.
+  // No instruction before compute capability 8.0: add half a unit in the last place, minus one for a tie on an even
+  // number.
   const u32 bits = __float_as_uint(x);
   out.bits = x != x ? (u16)0x7fff : (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 #endif
@@ -160,8 +161,8 @@ DEVICE T shuffle_xor(T value, int lanes) {
 // All threads of the block have arrived, and what they wrote to shared memory is seen.
 DEVICE void block_barrier() { __syncthreads(); }
 
-// Counts an arrival at a counter in global memory and returns how many there were before. What this thread (and, after a
-// block_barrier, its block) wrote before is seen by whoever counts later: release, then acquire, in the whole GPU.
+// Counts an arrival at a counter in global memory and returns how many there were before. What this thread (and, after
+// a block_barrier, its block) wrote before is seen by whoever counts later: release, then acquire, in the whole GPU.
 DEVICE u32 arrive(u32* counter) {
   u32 before;
   asm volatile("{ fence.acq_rel.gpu; atom.add.acq_rel.gpu.global.u32 %0, [%1], 1; fence.acq_rel.gpu; }"

@@ -1,9 +1,10 @@
-// The per-channel numbers that turn x into y: computed once per block, then held by each thread for the channels it sees.
+// The per-channel numbers that turn x into y: computed once per block, then held by each thread for the channels it
+// sees.
 //
 //   y = ((x - pivot) - mean_offset) * scale + shift,  scale = invstd * weight,  shift = bias
 //
-// By batch statistics, pivot, mean_offset and invstd are those that statistics.cu left. By running statistics the pivot is
-// the running mean, the offset is zero, and invstd comes of the running variance.
+// By batch statistics, pivot, mean_offset and invstd are those that statistics.cu left. By running statistics the pivot
+// is the running mean, the offset is zero, and invstd comes of the running variance.
 #pragma once
 #include "tensor.cuh"
 #include "welford.cuh"

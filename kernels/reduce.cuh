@@ -1,9 +1,9 @@
 // From what the threads of a block found to one result per channel of its strip, and from the blocks of a strip to one.
 //
-// A State is a running result (Welford, or the sums of the backward pass) that stands for {weight, first, second} when it
-// is put down. It is put down twice: in shared memory, one per thread and lane, and in global memory, one per channel and
-// split. Each time a team of threads (a warp or less) takes a channel: every member joins its share one after another,
-// then they join pairwise. The order is fixed, so the result is the same on every run.
+// A State is a running result (Welford, or the sums of the backward pass) that stands for {weight, first, second} when
+// it is put down. It is put down twice: in shared memory, one per thread and lane, and in global memory, one per
+// channel and split. Each time a team of threads (a warp or less) takes a channel: every member joins its share one
+// after another, then they join pairwise. The order is fixed, so the result is the same on every run.
 #pragma once
 #include "tensor.cuh"
 
@@ -51,8 +51,8 @@ DEVICE State reduce_team(State state, u32 team) {
   return state;
 }
 
-// Joins what the threads put into the exchange, per channel of the strip, and gives it to `take(channel, state)`, in one
-// thread for each channel.
+// Joins what the threads put into the exchange, per channel of the strip, and gives it to `take(channel, state)`, in
+// one thread for each channel.
 template <class State, class Take>
 DEVICE void reduce_block(const Tiling& tiling, const Task& task, const Exchange& exchange, Take take) {
   const u32 team = (u32)tiling.team, member = threadIdx.x % team, teams = THREADS / team;

@@ -6,9 +6,9 @@
 // Called by the launcher of forward passes in training, and in evaluation without running statistics. One block of
 // THREADS threads per task; shared memory: one pivot per channel of a strip, then the exchange of reduce.cuh.
 //
-// Every thread takes its vectors UNROLL at a time, so that as many loads are under way. It finds mean and variance of such
-// a chunk in registers, in two passes, and joins the chunk to what it has by Welford's rule: exact about the chunk, and one
-// division for all of it.
+// Every thread takes its vectors UNROLL at a time, so that as many loads are under way. It finds mean and variance of
+// such a chunk in registers, in two passes, and joins the chunk to what it has by Welford's rule: exact about the
+// chunk, and one division for all of it.
 #include "reduce.cuh"
 #include "normalise.cuh"
 

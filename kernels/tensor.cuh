@@ -7,13 +7,14 @@
 //   NCHW   one image    C * H * W   H * W   p / inner
 //   NHWC   one pixel    C           1       p
 //
-// The work is cut into strips (channels that one block takes) and splits (shares of the rows); a block takes one strip of
-// one split at a time, a task. Two ways to walk it, chosen by the host:
+// The work is cut into strips (channels that one block takes) and splits (shares of the rows); a block takes one strip
+// of one split at a time, a task. Two ways to walk it, chosen by the host:
 //
 //   planes    NCHW. A strip is one channel: the block runs over that channel's planes (its part of each row), and all
 //             lanes of all threads see the same channel. Where a plane begins or ends inside a 16-byte vector (EDGES),
 //             the vectors that stick out are read lane by lane.
-//   columns   NHWC, and NCHW with planes too short to vectorise by themselves (7x7): a strip is `width` vectors of every
+//   columns   NHWC, and NCHW with planes too short to vectorise by themselves (7x7): a strip is `width` vectors of
+//   every
 //             row, a whole number of channels. A thread stays in its column, so each of its lanes sees one channel for
 //             good.
 #pragma once
@@ -109,7 +110,7 @@ struct Walk {
 
 // A thread's way through a task: every THREADS-th vector of the channel's planes.
 struct Walk {
-  Index vector, end;            // of the channel
+  Index vector, end;             // of the channel
   Index slot, slots, slot_step;  // in the plane
   Index origin, origin_step, stride;
   u32 inner_last;

@@ -1,7 +1,7 @@
 // Mean and variance of one channel, in pieces that can be joined (Welford 1962; Chan, Golub and LeVeque 1979).
 //
-// Values enter as differences from the channel's pivot, its first element: so a constant channel has mean 0 and variance 0
-// exactly, and a mean that is large for the deviation costs no digits.
+// Values enter as differences from the channel's pivot, its first element: so a constant channel has mean 0 and
+// variance 0 exactly, and a mean that is large for the deviation costs no digits.
 //
 // The variance is carried, not the sum of squares, because that overflows long before the variance does.
 #pragma once
