@@ -5,7 +5,7 @@
 mod common;
 
 use batchnorm_cuda::half::{bf16, f16};
-use batchnorm_cuda::{BatchNorm2d, BatchNorm2dConfig, Dtype, Element, Epilogue, Error, Layout, Real, Shape};
+use batchnorm_cuda::{Backward, BatchNorm2d, BatchNorm2dConfig, Dtype, Element, Epilogue, Error, Layout, Real, Shape};
 use common::{
     Case, Device, Form, Outcome, Random, assert_near_reference, by_channel, channel_indices, element, on_every_device,
     run, run_as, wide, with_element,
@@ -33,7 +33,8 @@ on_every_device!(
     relu_gradient_is_multiplied_by_its_mask,
     backward_in_evaluation_takes_the_batch_statistics,
     nan_and_infinity_leave_their_channel,
-    count_is_kept_in_a_float,
+    late_values_of_a_long_channel_weigh_less,
+    count_is_kept_in_f32,
 );
 
 fn random<T: Element>(seed: u64, shape: Shape, epilogue: Epilogue) -> Case<T> {
@@ -446,7 +447,7 @@ fn nan_and_infinity_leave_their_channel<B: Device>(device: &B) {
 }
 
 /// One channel of more than 10^6 values, each of which must weigh as much as the others.
-fn count_is_kept_in_a_float<B: Device>(device: &B) {
+fn late_values_of_a_long_channel_weigh_less<B: Device>(device: &B) {
     let (height, width) = (1031, 1033);
     for shape in both_layouts(Shape::nchw(1, 1, height, width)) {
         let mut case = taking_over(random::<f32>(19, shape, Epilogue::Identity));
@@ -457,4 +458,28 @@ fn count_is_kept_in_a_float<B: Device>(device: &B) {
     }
     let shape = Shape::nchw(1, 1, height, width);
     check(device, &taking_over(random::<f16>(20, shape, Epilogue::Relu)));
+}
+
+/// f32 counts to 2^24 and no further; two thirds of these values are zeros, and a third, counted last, ones.
+fn count_is_kept_in_f32<B: Device>(device: &B) {
+    const N: usize = 3 << 23;
+    for shape in both_layouts(Shape::nchw(3, 1, 1 << 11, 1 << 12)) {
+        let mut module = BatchNorm2d::<B, f32>::new(device, BatchNorm2dConfig::new(1).momentum(1.0)).unwrap();
+        let mut saved = module.prepare::<f16>(shape).unwrap();
+        let mut values = vec![f16::ZERO; N];
+        values[2 << 23..].fill(f16::ONE);
+        let x = device.upload(&values).unwrap();
+        module.forward_train_alloc(&x, &mut saved).unwrap();
+        let state = module.state_dict().unwrap();
+        approx::assert_relative_eq!(state.running_mean.unwrap()[0], 1.0 / 3.0, max_relative = 1e-6);
+        approx::assert_relative_eq!(state.running_var.unwrap()[0], 2.0 / 9.0, max_relative = 1e-6);
+
+        // A gradient of ones counts the values once more.
+        let mut gradients = module.gradients().unwrap();
+        let ones = device.upload(&vec![f16::ONE; N]).unwrap();
+        module
+            .backward_with(Backward::new(&x, &ones).parameters(&mut gradients), &mut saved)
+            .unwrap();
+        assert_eq!(B::download(device, &gradients.bias).unwrap(), [N as f32]);
+    }
 }
