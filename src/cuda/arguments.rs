@@ -71,15 +71,22 @@ pub(super) struct Apply {
     pub(super) tiling: Tiling,
 }
 
-/// `struct Arguments` of `kernels/backward_reduce.cu`.
+/// The tensors with which `struct Arguments` begins in both kernels of the backward pass.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct BackwardReduce {
+pub(super) struct BackwardTensors {
     pub(super) x: CUdeviceptr,
     pub(super) y: CUdeviceptr,
     pub(super) dy: CUdeviceptr,
     pub(super) dx: CUdeviceptr,
     pub(super) dz: CUdeviceptr,
+}
+
+/// `struct Arguments` of `kernels/backward_reduce.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BackwardReduce {
+    pub(super) tensors: BackwardTensors,
     pub(super) normalisation: Normalisation,
     pub(super) partials: Partials,
     pub(super) sum: CUdeviceptr,
@@ -94,11 +101,7 @@ pub(super) struct BackwardReduce {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BackwardApply {
-    pub(super) x: CUdeviceptr,
-    pub(super) y: CUdeviceptr,
-    pub(super) dy: CUdeviceptr,
-    pub(super) dx: CUdeviceptr,
-    pub(super) dz: CUdeviceptr,
+    pub(super) tensors: BackwardTensors,
     pub(super) normalisation: Normalisation,
     pub(super) sum: CUdeviceptr,
     pub(super) sum_centred: CUdeviceptr,

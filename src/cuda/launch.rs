@@ -17,7 +17,7 @@ use super::plan::{Alignment, KernelLaunch, Operation, Problem, Tracking};
 use super::workspace::Workspace;
 use crate::backend::{
     BackwardEpilogue, BackwardPass, BackwardStatistics, BatchStatistics, ForwardEpilogue, ForwardPass,
-    ForwardStatistics, GradientFlow, InputOutput, ParameterGradients,
+    ForwardStatistics, GradientFlow, InputOutput, ParameterGradients, RunningUpdate,
 };
 use crate::config::Momentum;
 use crate::element::{Element, Plain};
@@ -49,16 +49,17 @@ impl<'a> Operand<'a> {
         Self::of(view.device_ptr_mut(stream))
     }
 
-    fn written_if<T: Plain>(view: Option<&'a mut CudaViewMut<'_, T>>, stream: &'a CudaStream) -> Self {
-        view.map_or(Operand::ABSENT, |view| Operand::written(view, stream))
-    }
-
     fn buffer<T: Plain>(buffer: &'a CudaSlice<T>, stream: &'a CudaStream) -> Self {
         Self::of(buffer.device_ptr(stream))
     }
 
     fn buffer_mut<T: DeviceRepr>(buffer: &'a mut CudaSlice<T>, stream: &'a CudaStream) -> Self {
         Self::of(buffer.device_ptr_mut(stream))
+    }
+
+    /// Its address, if it is there: no buffer lies at 0.
+    fn present(&self) -> Option<CUdeviceptr> {
+        (self.address != 0).then_some(self.address)
     }
 
     fn of((address, guard): (CUdeviceptr, SyncOnDrop<'a>)) -> Self {
@@ -103,6 +104,52 @@ impl<'a> WorkspaceOperands<'a> {
     }
 }
 
+/// The operands that every forward pass has.
+struct ForwardOperands<'a> {
+    /// In place: absent, and y is both.
+    x: Operand<'a>,
+    z: Operand<'a>,
+    y: Operand<'a>,
+    weight: Operand<'a>,
+    bias: Operand<'a>,
+    eps: f64,
+    /// Of an evaluation; training differs by what it does with the running statistics.
+    problem: Problem,
+}
+
+impl ForwardOperands<'_> {
+    fn x(&self) -> CUdeviceptr {
+        self.x.present().unwrap_or(self.y.address)
+    }
+
+    fn normalisation(&self, pivot: CUdeviceptr, mean_offset: CUdeviceptr, invstd: CUdeviceptr) -> Normalisation {
+        Normalisation {
+            pivot,
+            mean_offset,
+            invstd,
+            weight: self.weight.address,
+            bias: self.bias.address,
+            eps: self.eps,
+        }
+    }
+
+    fn apply(
+        &self,
+        normalisation: Normalisation,
+        update: arguments::RunningUpdate,
+        launch: &KernelLaunch,
+    ) -> arguments::Apply {
+        arguments::Apply {
+            x: self.x(),
+            z: self.z.address,
+            y: self.y.address,
+            normalisation,
+            update,
+            tiling: launch.tiling,
+        }
+    }
+}
+
 impl Cuda {
     /// Launches a forward pass.
     pub(super) fn launch_forward<T: Element>(&self, pass: ForwardPass<'_, '_, Self, T>) -> Result<()> {
@@ -117,126 +164,111 @@ impl Cuda {
         } = pass;
         self.check_capture()?;
         let stream = &*self.stream;
-        let (kind, z) = match &epilogue {
-            ForwardEpilogue::Identity => (Epilogue::Identity, None),
-            ForwardEpilogue::Relu => (Epilogue::Relu, None),
-            ForwardEpilogue::AddRelu { z } => (Epilogue::AddRelu, Some(z)),
+        let (epilogue, z) = match &epilogue {
+            ForwardEpilogue::Identity => (Epilogue::Identity, Operand::ABSENT),
+            ForwardEpilogue::Relu => (Epilogue::Relu, Operand::ABSENT),
+            ForwardEpilogue::AddRelu { z } => (Epilogue::AddRelu, Operand::read(z, stream)),
         };
-        let z = Operand::read_if(z, stream);
-        // In place, one operand is both.
         let (x, y) = match &mut tensors {
-            InputOutput::Separate { x, y } => (Some(Operand::read(x, stream)), Operand::written(y, stream)),
-            InputOutput::InPlace { x } => (None, Operand::written(x, stream)),
+            InputOutput::Separate { x, y } => (Operand::read(x, stream), Operand::written(y, stream)),
+            InputOutput::InPlace { x } => (Operand::ABSENT, Operand::written(x, stream)),
         };
-        let x_address = x.as_ref().map_or(y.address, |x| x.address);
-        let weight = Operand::read_if(weight.as_ref(), stream);
-        let bias = Operand::read_if(bias.as_ref(), stream);
         let problem = Problem {
-            epilogue: kind,
-            affine: weight.address != 0,
-            alignment: alignment([Some(x_address), z.present(), Some(y.address)]),
-            tracking: Tracking::None,
-            ..Problem::new(Operation::Eval, shape, T::DTYPE)
+            affine: weight.is_some(),
+            alignment: alignment([x.present(), z.present(), y.present()]),
+            ..Problem::new(Operation::Eval, shape, T::DTYPE).epilogue(epilogue)
         };
-        let apply = |normalisation, update, launch: &KernelLaunch| arguments::Apply {
-            x: x_address,
-            z: z.address,
-            y: y.address,
-            normalisation,
-            update,
-            tiling: launch.tiling,
+        let operands = ForwardOperands {
+            x,
+            z,
+            y,
+            weight: Operand::read_if(weight.as_ref(), stream),
+            bias: Operand::read_if(bias.as_ref(), stream),
+            eps,
+            problem,
         };
         match statistics {
             ForwardStatistics::Running { mean, variance } => {
-                let mean = Operand::read(&mean, stream);
-                let variance = Operand::read(&variance, stream);
-                let normalisation = Normalisation {
-                    pivot: mean.address,
-                    mean_offset: 0,
-                    invstd: variance.address,
-                    weight: weight.address,
-                    bias: bias.address,
-                    eps,
-                };
+                let (mean, variance) = (Operand::read(&mean, stream), Operand::read(&variance, stream));
+                let normalisation = operands.normalisation(mean.address, 0, variance.address);
                 let prepared = self.device.prepare(&problem)?;
                 self.run(&prepared, |stream, function, launch| {
                     let update = arguments::RunningUpdate::default();
-                    launch_kernel(stream, function, launch, &apply(normalisation, update, launch))
+                    launch_kernel(stream, function, launch, &operands.apply(normalisation, update, launch))
                 })
             }
             ForwardStatistics::Batch {
                 saved,
                 workspace,
-                mut update,
-            } => {
-                let pivot = Operand::buffer_mut(&mut saved.pivot, stream);
-                let mean_offset = Operand::buffer_mut(&mut saved.mean_offset, stream);
-                let invstd = Operand::buffer_mut(&mut saved.invstd, stream);
-                let workspace = WorkspaceOperands::new(workspace, stream);
-                let momentum = update.as_ref().map(|update| update.momentum);
-                let skip_non_finite = update.as_ref().is_some_and(|update| update.skip_non_finite);
-                let (running_mean, running_variance, batches) = match &mut update {
-                    Some(update) => (
-                        Operand::written(&mut update.mean, stream),
-                        Operand::written(&mut update.variance, stream),
-                        Operand::written(&mut update.batches, stream),
-                    ),
-                    None => (Operand::ABSENT, Operand::ABSENT, Operand::ABSENT),
-                };
-                let cumulative = momentum == Some(Momentum::CumulativeAverage);
-                let problem = Problem {
-                    operation: Operation::Train,
-                    tracking: match momentum {
-                        None => Tracking::None,
-                        Some(Momentum::Factor(_)) => Tracking::Momentum,
-                        Some(Momentum::CumulativeAverage) => Tracking::CumulativeAverage,
-                    },
-                    ..problem
-                };
-                let normalisation = Normalisation {
-                    pivot: pivot.address,
-                    mean_offset: mean_offset.address,
-                    invstd: invstd.address,
-                    weight: weight.address,
-                    bias: bias.address,
-                    eps,
-                };
-                let update = arguments::RunningUpdate {
-                    mean: running_mean.address,
-                    variance: running_variance.address,
-                    batches: batches.address,
-                    batch_variance: workspace.first.address,
-                    cumulative: if cumulative { workspace.momentum.address } else { 0 },
-                    momentum: match momentum {
-                        Some(Momentum::Factor(factor)) => factor,
-                        Some(Momentum::CumulativeAverage) | None => 0.0,
-                    },
-                    skip_non_finite: u64::from(skip_non_finite),
-                    values: shape.values_per_channel()? as u64,
-                };
-                let prepared = self.device.prepare(&problem)?;
-                self.run(&prepared, |stream, function, launch| {
-                    match launch.instantiation.kernel {
-                        Kernel::Statistics => {
-                            let arguments = arguments::Statistics {
-                                x: x_address,
-                                pivot: pivot.address,
-                                mean_offset: mean_offset.address,
-                                invstd: invstd.address,
-                                variance: workspace.first.address,
-                                partials: workspace.partials(),
-                                batches: if cumulative { batches.address } else { 0 },
-                                momentum: workspace.momentum.address,
-                                eps,
-                                tiling: launch.tiling,
-                            };
-                            launch_kernel(stream, function, launch, &arguments)
-                        }
-                        _ => launch_kernel(stream, function, launch, &apply(normalisation, update, launch)),
-                    }
-                })
-            }
+                update,
+            } => self.launch_forward_by_batch(&operands, saved, workspace, update),
         }
+    }
+
+    /// Launches a forward pass by the statistics of its batch, which moves the running statistics in training.
+    fn launch_forward_by_batch<T: Element>(
+        &self,
+        operands: &ForwardOperands<'_>,
+        saved: &mut BatchStatistics<Cuda, T>,
+        workspace: &mut Workspace<T>,
+        mut update: Option<RunningUpdate<'_, Cuda, T>>,
+    ) -> Result<()> {
+        let stream = &*self.stream;
+        let pivot = Operand::buffer_mut(&mut saved.pivot, stream);
+        let mean_offset = Operand::buffer_mut(&mut saved.mean_offset, stream);
+        let invstd = Operand::buffer_mut(&mut saved.invstd, stream);
+        let workspace = WorkspaceOperands::new(workspace, stream);
+        let (tracking, momentum) = match update.as_ref().map(|update| update.momentum) {
+            None => (Tracking::None, 0.0),
+            Some(Momentum::Factor(momentum)) => (Tracking::Momentum, momentum),
+            Some(Momentum::CumulativeAverage) => (Tracking::CumulativeAverage, 0.0),
+        };
+        let cumulative = tracking == Tracking::CumulativeAverage;
+        let skip_non_finite = update.as_ref().is_some_and(|update| update.skip_non_finite);
+        let (running_mean, running_variance, batches) = match &mut update {
+            Some(update) => (
+                Operand::written(&mut update.mean, stream),
+                Operand::written(&mut update.variance, stream),
+                Operand::written(&mut update.batches, stream),
+            ),
+            None => (Operand::ABSENT, Operand::ABSENT, Operand::ABSENT),
+        };
+        let normalisation = operands.normalisation(pivot.address, mean_offset.address, invstd.address);
+        let update = arguments::RunningUpdate {
+            mean: running_mean.address,
+            variance: running_variance.address,
+            batches: batches.address,
+            batch_variance: workspace.first.address,
+            cumulative: if cumulative { workspace.momentum.address } else { 0 },
+            momentum,
+            skip_non_finite: u64::from(skip_non_finite),
+            values: operands.problem.shape.values_per_channel()? as u64,
+        };
+        let prepared = self.device.prepare(&Problem {
+            operation: Operation::Train,
+            tracking,
+            ..operands.problem
+        })?;
+        self.run(&prepared, |stream, function, launch| {
+            match launch.instantiation.kernel {
+                Kernel::Statistics => {
+                    let arguments = arguments::Statistics {
+                        x: operands.x(),
+                        pivot: pivot.address,
+                        mean_offset: mean_offset.address,
+                        invstd: invstd.address,
+                        variance: workspace.first.address,
+                        partials: workspace.partials(),
+                        batches: if cumulative { batches.address } else { 0 },
+                        momentum: workspace.momentum.address,
+                        eps: operands.eps,
+                        tiling: launch.tiling,
+                    };
+                    launch_kernel(stream, function, launch, &arguments)
+                }
+                _ => launch_kernel(stream, function, launch, &operands.apply(normalisation, update, launch)),
+            }
+        })
     }
 
     /// Launches a backward pass.
@@ -257,19 +289,19 @@ impl Cuda {
         let stream = &*self.stream;
         let x = Operand::read(&x, stream);
         let (dy, dx) = match &mut flow {
-            GradientFlow::Stops { dy } => (Some(Operand::read(dy, stream)), Operand::ABSENT),
-            GradientFlow::Separate { dy, dx } => (Some(Operand::read(dy, stream)), Operand::written(dx, stream)),
-            GradientFlow::InPlace { dy } => (None, Operand::written(dy, stream)),
+            GradientFlow::Stops { dy } => (Operand::read(dy, stream), Operand::ABSENT),
+            GradientFlow::Separate { dy, dx } => (Operand::read(dy, stream), Operand::written(dx, stream)),
+            GradientFlow::InPlace { dy } => (Operand::ABSENT, Operand::written(dy, stream)),
         };
-        let dy_address = dy.as_ref().map_or(dx.address, |dy| dy.address);
-        let (kind, y, dz) = match &mut epilogue {
+        // In place, one operand is both.
+        let dy_address = dy.present().unwrap_or(dx.address);
+        let (epilogue, y, dz) = match &mut epilogue {
             BackwardEpilogue::Identity => (Epilogue::Identity, Operand::ABSENT, Operand::ABSENT),
             BackwardEpilogue::Relu => (Epilogue::Relu, Operand::ABSENT, Operand::ABSENT),
-            BackwardEpilogue::AddRelu { y, dz } => (
-                Epilogue::AddRelu,
-                Operand::read(y, stream),
-                Operand::written_if(dz.as_mut(), stream),
-            ),
+            BackwardEpilogue::AddRelu { y, dz } => {
+                let dz = dz.as_mut().map_or(Operand::ABSENT, |dz| Operand::written(dz, stream));
+                (Epilogue::AddRelu, Operand::read(y, stream), dz)
+            }
         };
         let weight = Operand::read_if(weight.as_ref(), stream);
         let bias = Operand::read_if(bias.as_ref(), stream);
@@ -287,33 +319,23 @@ impl Cuda {
                 Operand::ABSENT,
                 Operand::read(variance, stream),
             ),
-            BackwardStatistics::Batch(BatchStatistics {
-                pivot,
-                mean_offset,
-                invstd,
-            }) => (
+            BackwardStatistics::Batch(saved) => (
                 Operation::Backward,
-                Operand::buffer(pivot, stream),
-                Operand::buffer(mean_offset, stream),
-                Operand::buffer(invstd, stream),
+                Operand::buffer(&saved.pivot, stream),
+                Operand::buffer(&saved.mean_offset, stream),
+                Operand::buffer(&saved.invstd, stream),
             ),
         };
         let workspace = WorkspaceOperands::new(workspace, stream);
+        let tensors = [x.present(), dy.present(), y.present(), dx.present(), dz.present()];
         let problem = Problem {
-            epilogue: kind,
-            affine: weight.address != 0,
-            alignment: alignment([
-                Some(x.address),
-                Some(dy_address),
-                y.present(),
-                dx.present(),
-                dz.present(),
-            ]),
-            input_gradient: dx.address != 0,
-            residual_gradient: dz.address != 0,
-            parameter_gradients: weight_gradient.address != 0,
+            affine: weight.present().is_some(),
+            alignment: alignment(tensors),
+            input_gradient: dx.present().is_some(),
+            residual_gradient: dz.present().is_some(),
+            parameter_gradients: weight_gradient.present().is_some(),
             accumulate,
-            ..Problem::new(operation, shape, T::DTYPE)
+            ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
         };
         let normalisation = Normalisation {
             pivot: pivot.address,
@@ -323,17 +345,20 @@ impl Cuda {
             bias: bias.address,
             eps,
         };
+        let tensors = arguments::BackwardTensors {
+            x: x.address,
+            y: y.address,
+            dy: dy_address,
+            dx: dx.address,
+            dz: dz.address,
+        };
         let values = shape.values_per_channel()? as u64;
         let prepared = self.device.prepare(&problem)?;
         self.run(&prepared, |stream, function, launch| {
             match launch.instantiation.kernel {
                 Kernel::BackwardReduce => {
                     let arguments = arguments::BackwardReduce {
-                        x: x.address,
-                        y: y.address,
-                        dy: dy_address,
-                        dx: dx.address,
-                        dz: dz.address,
+                        tensors,
                         normalisation,
                         partials: workspace.partials(),
                         sum: workspace.first.address,
@@ -347,11 +372,7 @@ impl Cuda {
                 }
                 _ => {
                     let arguments = arguments::BackwardApply {
-                        x: x.address,
-                        y: y.address,
-                        dy: dy_address,
-                        dx: dx.address,
-                        dz: dz.address,
+                        tensors,
                         normalisation,
                         sum: workspace.first.address,
                         sum_centred: workspace.second.address,
@@ -391,12 +412,6 @@ impl Cuda {
             CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
             _ => Err(Error::CaptureWithEventTracking),
         }
-    }
-}
-
-impl Operand<'_> {
-    fn present(&self) -> Option<CUdeviceptr> {
-        (self.address != 0).then_some(self.address)
     }
 }
 
