@@ -100,16 +100,12 @@ pub(super) fn compile(instantiation: &Instantiation, architecture: u32, cache: &
 fn supported_architectures() -> Result<Vec<u32>> {
     let mut count = 0;
     // SAFETY: the pointer is valid for a write; NVRTC is there, or its version could not have been asked.
-    check(
-        "nvrtcGetNumSupportedArchs",
-        unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) }.result(),
-    )?;
+    let counted = unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) };
+    check("nvrtcGetNumSupportedArchs", counted.result())?;
     let mut architectures = vec![0; count as usize];
     // SAFETY: NVRTC writes as many numbers as it said there are.
-    check(
-        "nvrtcGetSupportedArchs",
-        unsafe { sys::nvrtcGetSupportedArchs(architectures.as_mut_ptr()) }.result(),
-    )?;
+    let listed = unsafe { sys::nvrtcGetSupportedArchs(architectures.as_mut_ptr()) };
+    check("nvrtcGetSupportedArchs", listed.result())?;
     Ok(architectures
         .into_iter()
         .map(|architecture| architecture as u32)
