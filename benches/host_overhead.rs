@@ -33,7 +33,10 @@ mod on_stand_in {
             bencher.iter(|| bn.forward_eval(shape, &x, &mut y).expect("an evaluation"));
         });
         group.bench_function("backward (2 launches)", |bencher| {
-            bencher.iter(|| bn.backward(&x, &dy, &mut saved, &mut y, &mut gradients).expect("a backward pass"));
+            bencher.iter(|| {
+                bn.backward(&x, &dy, &mut saved, &mut y, &mut gradients)
+                    .expect("a backward pass")
+            });
         });
         group.finish();
         Ok(())

@@ -30,13 +30,8 @@ fn main() -> ExitCode {
         Shape::nchw(8, 64, 112, 112),
     ];
     let mut within = true;
-    for shape in shapes
-        .into_iter()
-        .flat_map(|shape| [shape, shape.channels_last()])
-    {
-        let figures = pool
-            .install(|| measure(shape, rounds))
-            .expect("a valid shape");
+    for shape in shapes.into_iter().flat_map(|shape| [shape, shape.channels_last()]) {
+        let figures = pool.install(|| measure(shape, rounds)).expect("a valid shape");
         println!("{figures}");
         within &= figures.ratio <= BAR;
     }
@@ -148,10 +143,7 @@ fn copy_streaming(from: &[f32], to: &mut [f32]) {
     to[..head].copy_from_slice(&from[..head]);
     let (from, to) = (&from[head..], &mut to[head..]);
     let whole = to.len() / LINE * LINE;
-    for (from, to) in from[..whole]
-        .chunks_exact(LINE)
-        .zip(to[..whole].chunks_exact_mut(LINE))
-    {
+    for (from, to) in from[..whole].chunks_exact(LINE).zip(to[..whole].chunks_exact_mut(LINE)) {
         for at in (0..LINE).step_by(4) {
             // SAFETY: every x86-64 machine has SSE; both slices have a whole line, and `to` is aligned to one.
             unsafe { _mm_stream_ps(to.as_mut_ptr().add(at), _mm_loadu_ps(from.as_ptr().add(at))) };

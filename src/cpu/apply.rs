@@ -32,12 +32,7 @@ pub(super) trait Epilogue<T: Element>: Copy + Send + Sync {
     ///
     /// # Safety
     /// The block is inside the tensors, and no thread writes to what is read.
-    unsafe fn finish<S: Level>(
-        self,
-        level: S,
-        block: Block,
-        value: Lanes<T::Param>,
-    ) -> Lanes<T::Param>;
+    unsafe fn finish<S: Level>(self, level: S, block: Block, value: Lanes<T::Param>) -> Lanes<T::Param>;
 }
 
 /// Nothing.
@@ -56,36 +51,21 @@ pub(super) struct AddRelu<'a, T> {
 
 impl<T: Element> Epilogue<T> for Identity {
     #[inline(always)]
-    unsafe fn finish<S: Level>(
-        self,
-        _level: S,
-        _block: Block,
-        value: Lanes<T::Param>,
-    ) -> Lanes<T::Param> {
+    unsafe fn finish<S: Level>(self, _level: S, _block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
         value
     }
 }
 
 impl<T: Element> Epilogue<T> for Relu {
     #[inline(always)]
-    unsafe fn finish<S: Level>(
-        self,
-        _level: S,
-        _block: Block,
-        value: Lanes<T::Param>,
-    ) -> Lanes<T::Param> {
+    unsafe fn finish<S: Level>(self, _level: S, _block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
         relu(&value)
     }
 }
 
 impl<T: Element> Epilogue<T> for AddRelu<'_, T> {
     #[inline(always)]
-    unsafe fn finish<S: Level>(
-        self,
-        level: S,
-        block: Block,
-        value: Lanes<T::Param>,
-    ) -> Lanes<T::Param> {
+    unsafe fn finish<S: Level>(self, level: S, block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
         // SAFETY: the caller's promise.
         let z = unsafe { self.z.load(level, block.at, block.count) };
         relu(&lanes(|i| value[i] + z[i]))
@@ -95,13 +75,7 @@ impl<T: Element> Epilogue<T> for AddRelu<'_, T> {
 /// 0 for what is not above it, but NaN for NaN: a maximum would drop it.
 #[inline(always)]
 pub(super) fn relu<P: Real>(values: &Lanes<P>) -> Lanes<P> {
-    lanes(|i| {
-        if values[i] <= P::ZERO {
-            P::ZERO
-        } else {
-            values[i]
-        }
-    })
+    lanes(|i| if values[i] <= P::ZERO { P::ZERO } else { values[i] })
 }
 
 /// `fma((x - K) - d, invstd · weight, bias)`.
@@ -123,10 +97,7 @@ impl<T: Element, E: Epilogue<T>> Kernel for Apply<'_, T, E> {
     fn run<S: Level>(self, level: S) {
         let mut table = Table::<_, NORMALISATION>::new();
         // SAFETY: what the channels are normalised by is complete before any of their elements is computed.
-        unsafe {
-            self.normalisation
-                .fill(level, &self.task.channels, &mut table)
-        };
+        unsafe { self.normalisation.fill(level, &self.task.channels, &mut table) };
         let visitor = ApplyBlock {
             level,
             elements: self.elements,
@@ -159,11 +130,7 @@ impl<S: Level, T: Element, E: Epilogue<T>> Visitor<T::Param> for ApplyBlock<'_, 
         // read before it is written.
         unsafe {
             let x = x.load(self.level, block.at, block.count);
-            let value = normalised(
-                &centred(&x, coefficients, block.position),
-                coefficients,
-                block.position,
-            );
+            let value = normalised(&centred(&x, coefficients, block.position), coefficients, block.position);
             let value = epilogue.finish(self.level, block, value);
             write(self.level, y, block, &value, streamed);
         }

@@ -23,13 +23,7 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
                 for image in 0..planar.images(chunk) {
                     let runs = planar.image_runs(&task.channels, chunk, image);
                     for run in 0..runs.count {
-                        visit_run(
-                            runs.start(run),
-                            runs.len,
-                            aligned,
-                            visitor,
-                            &table.uniform(run),
-                        );
+                        visit_run(runs.start(run), runs.len, aligned, visitor, &table.uniform(run));
                     }
                 }
             }
@@ -81,11 +75,7 @@ fn visit_run<P: Real, T: Element>(
 
 /// (x - K) - d.
 #[inline(always)]
-pub(super) fn centred<P: Real>(
-    x: &Lanes<P>,
-    coefficients: &impl Coefficients<P>,
-    position: usize,
-) -> Lanes<P> {
+pub(super) fn centred<P: Real>(x: &Lanes<P>, coefficients: &impl Coefficients<P>, position: usize) -> Lanes<P> {
     let pivot = coefficients.at(PIVOT, position);
     let offset = coefficients.at(OFFSET, position);
     lanes(|i| (x[i] - pivot[i]) - offset[i])

@@ -128,9 +128,7 @@ impl Geometry {
     pub(super) fn chunks(&self) -> usize {
         match self {
             Geometry::Planar(planar) => planar.chunks(),
-            Geometry::Interleaved(interleaved) => {
-                interleaved.pixels.div_ceil(interleaved.chunk_pixels())
-            }
+            Geometry::Interleaved(interleaved) => interleaved.pixels.div_ceil(interleaved.chunk_pixels()),
         }
     }
 
@@ -161,10 +159,7 @@ impl Geometry {
     /// Number of values of each channel in a part.
     pub(super) fn part_values(&self, part: usize) -> usize {
         match self {
-            Geometry::Planar(planar) => self
-                .part(part)
-                .map(|chunk| planar.chunk_values(chunk))
-                .sum(),
+            Geometry::Planar(planar) => self.part(part).map(|chunk| planar.chunk_values(chunk)).sum(),
             Geometry::Interleaved(interleaved) => interleaved.pixels(&self.part(part)).len(),
         }
     }
@@ -264,8 +259,7 @@ impl Planar {
     pub(super) fn image_runs(&self, channels: &Range<usize>, chunk: usize, image: usize) -> Runs {
         let (images, within) = self.chunk(chunk);
         Runs {
-            start: ((images.start + image) * self.channels + channels.start) * self.plane
-                + within.start,
+            start: ((images.start + image) * self.channels + channels.start) * self.plane + within.start,
             stride: self.plane,
             count: channels.len(),
             len: within.len(),
@@ -300,11 +294,7 @@ impl Interleaved {
     fn pixels_per_run(channels: usize) -> usize {
         let most = (STRIP / channels).max(1);
         let full = LANES >> channels.trailing_zeros().min(LANES.trailing_zeros());
-        if most >= full {
-            most / full * full
-        } else {
-            most
-        }
+        if most >= full { most / full * full } else { most }
     }
 
     fn chunk_pixels(&self) -> usize {

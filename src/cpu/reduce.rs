@@ -65,12 +65,7 @@ pub(super) fn planar_sums<P: Real, const M: usize, const U: usize>(
             position += LANES;
         }
         if position < runs.len {
-            add_block(
-                &mut sums,
-                0,
-                Block::new(start, position, runs.len - position),
-                terms,
-            );
+            add_block(&mut sums, 0, Block::new(start, position, runs.len - position), terms);
         }
     }
     let mut totals = [P::ZERO; M];
@@ -157,12 +152,7 @@ fn add_four_blocks<P: Real, const M: usize>(
 }
 
 #[inline(always)]
-fn add_run<P: Real, const M: usize>(
-    start: usize,
-    len: usize,
-    sums: &mut Table<P, M>,
-    terms: &impl Terms<P, M>,
-) {
+fn add_run<P: Real, const M: usize>(start: usize, len: usize, sums: &mut Table<P, M>, terms: &impl Terms<P, M>) {
     for (position, count) in blocks(len) {
         let added = terms.terms(Block::new(start, position, count));
         for (sum, added) in added.iter().enumerate() {
@@ -188,8 +178,7 @@ pub(super) trait Tree {
 pub(super) fn pairwise<R: Tree>(tree: &R, count: usize) -> R::Node {
     // Level k waits with the join of 2^k leaves for the next 2^k: the digits of a binary counter. Not by recursion, which
     // could not be inlined.
-    let mut waiting: [Option<R::Node>; usize::BITS as usize] =
-        [const { None }; usize::BITS as usize];
+    let mut waiting: [Option<R::Node>; usize::BITS as usize] = [const { None }; usize::BITS as usize];
     for part in 0..count {
         let mut node = tree.leaf(part);
         let mut level = 0;

@@ -174,14 +174,10 @@ pub(super) fn widen<S: Level, T: Element>(level: S, block: &[T; LANES]) -> Lanes
 pub(super) fn narrow<S: Level, T: Element>(level: S, values: &Lanes<T::Param>) -> [T; LANES] {
     let values: &dyn Any = values;
     if T::DTYPE == crate::Dtype::F16 {
-        let values = values
-            .downcast_ref::<Lanes<f32>>()
-            .expect("f16 is computed in f32");
+        let values = values.downcast_ref::<Lanes<f32>>().expect("f16 is computed in f32");
         same_type(level.narrow_f16(values))
     } else if T::DTYPE == crate::Dtype::Bf16 {
-        let values = values
-            .downcast_ref::<Lanes<f32>>()
-            .expect("bf16 is computed in f32");
+        let values = values.downcast_ref::<Lanes<f32>>().expect("bf16 is computed in f32");
         same_type(values.map(bf16_from_f32))
     } else {
         let values = values
@@ -317,9 +313,8 @@ mod x86 {
 
     impl Avx2 {
         pub(super) fn detect() -> Option<Self> {
-            let present = is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c");
+            let present =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
             present.then_some(Self(()))
         }
 
@@ -374,10 +369,7 @@ mod x86 {
                 let low = _mm256_loadu_ps(lanes.as_ptr());
                 let high = _mm256_loadu_ps(lanes.as_ptr().add(LANES / 2));
                 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
-                std::mem::transmute([
-                    _mm256_cvtps_ph::<NEAREST>(low),
-                    _mm256_cvtps_ph::<NEAREST>(high),
-                ])
+                std::mem::transmute([_mm256_cvtps_ph::<NEAREST>(low), _mm256_cvtps_ph::<NEAREST>(high)])
             }
         }
 
@@ -418,10 +410,7 @@ mod x86 {
                     4 => transmute_copy(&_mm512_maskz_loadu_epi32(mask, from.cast())),
                     8 => transmute_copy(&[
                         _mm512_maskz_loadu_epi64(mask as u8, from.cast()),
-                        _mm512_maskz_loadu_epi64(
-                            (mask >> 8) as u8,
-                            from.wrapping_add(LANES / 2).cast(),
-                        ),
+                        _mm512_maskz_loadu_epi64((mask >> 8) as u8, from.wrapping_add(LANES / 2).cast()),
                     ]),
                     _ => unreachable!("elements have 2, 4 or 8 bytes"),
                 }
@@ -439,11 +428,7 @@ mod x86 {
                     8 => {
                         let [low, high]: [__m512i; 2] = transmute_copy(block);
                         _mm512_mask_storeu_epi64(to.cast(), mask as u8, low);
-                        _mm512_mask_storeu_epi64(
-                            to.wrapping_add(LANES / 2).cast(),
-                            (mask >> 8) as u8,
-                            high,
-                        );
+                        _mm512_mask_storeu_epi64(to.wrapping_add(LANES / 2).cast(), (mask >> 8) as u8, high);
                     }
                     _ => unreachable!("elements have 2, 4 or 8 bytes"),
                 }
