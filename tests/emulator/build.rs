@@ -1,6 +1,7 @@
 //! Builds the stand-in libraries and tells the crate where they lie. On anything but Linux there is nothing to build:
 //! how a library that is already loaded answers for another name is glibc's way.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -35,6 +36,7 @@ fn main() {
     println!("cargo:rustc-env=EMULATOR_LIBRARIES={}", out.display());
     println!("cargo:rustc-env=EMULATOR_INCLUDE={}/include", root().display());
     println!("cargo:rustc-env=EMULATOR_CACHE={}", cache(&out).display());
+    println!("cargo:rustc-env=EMULATOR_FINGERPRINT={:016x}", fingerprint());
 }
 
 fn root() -> PathBuf {
@@ -48,6 +50,21 @@ fn cache(out: &Path) -> PathBuf {
         .find(|folder| folder.ends_with("build"))
         .and_then(Path::parent);
     profile.unwrap_or(out).join("stand-in-kernels")
+}
+
+/// Changes with everything that a compiled kernel depends on beside its own source.
+fn fingerprint() -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for file in [
+        "include/stand_in_abi.h",
+        "include/stand_in_device.h",
+        "driver/image.h",
+        "driver/nvrtc.cpp",
+    ] {
+        let content = std::fs::read(root().join(file)).unwrap_or_else(|error| panic!("cannot read {file}: {error}"));
+        content.hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 fn build(out: &Path, names: &[&str], sources: &[&str]) {

@@ -15,17 +15,24 @@ const char* verb(Direction direction) { return direction == Direction::LOAD ? "l
 
 bool aligned(uintptr_t address, size_t bytes) { return (address & (bytes - 1)) == 0; }
 
+bool recently_accessed(const Gang& gang, uintptr_t address, size_t bytes) {
+  for (const AddressRange& range : gang.recent_ranges) {
+    if (range.contains(address, bytes)) return true;
+  }
+  return false;
+}
+
 // Global memory: inside one live allocation, or the launch ends.
 void check_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
   Gang& gang = *thread.gang;
-  if (gang.last_range.contains(address, bytes)) return;
+  if (recently_accessed(gang, address, bytes)) return;
   const MemoryMap& memory = *gang.launch().memory;
   const AddressRange* range = memory.find(address);
   if (!range || range->freed || !range->contains(address, bytes)) {
     fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, origin, "%s of %zu bytes of global memory: %s", verb(direction), bytes,
           memory.explain(address, bytes).c_str());
   }
-  gang.last_range = *range;
+  gang.recent_ranges[gang.oldest_range++ % Gang::RECENT_RANGES] = *range;
 }
 
 void count_global(Gang& gang, size_t bytes, Direction direction) {
@@ -38,18 +45,33 @@ void check_alignment(Thread& thread, uintptr_t address, size_t bytes, Direction 
         verb(direction), bytes, size_t(address & (bytes - 1)));
 }
 
+bool on_own_stack(const Thread& thread, uintptr_t address) {
+  return address - reinterpret_cast<uintptr_t>(thread.stack) < STACK_BYTES;
+}
+
 // A kernel with large arrays of its own may need more stack than there is.
+bool stack_suffices(const Thread& thread) {
+  return on_own_stack(thread, reinterpret_cast<uintptr_t>(__builtin_frame_address(0)));
+}
+
 void check_stack(Thread& thread, Origin origin) {
-  const uintptr_t depth = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
-  if (depth - reinterpret_cast<uintptr_t>(thread.stack) < STACK_BYTES) return;
+  if (stack_suffices(thread)) return;
   fault(thread, CUDA_ERROR_LAUNCH_FAILED, origin, "the thread needs more than the stand-in's %zu bytes of stack",
         size_t(STACK_BYTES));
 }
 
-void access_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
-  check_stack(thread, origin);
-  check_alignment(thread, address, bytes, direction, origin);
-  check_global(thread, address, bytes, direction, origin);
+void __attribute__((noinline)) check_new_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction,
+                                                StandInPlace place) {
+  check_stack(thread, at(place));
+  check_alignment(thread, address, bytes, direction, at(place));
+  check_global(thread, address, bytes, direction, at(place));
+}
+
+// An access by a function of device.cuh. Nearly all go where others went before, and nothing is wrong with them.
+inline void access_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, StandInPlace place) {
+  if (!recently_accessed(*thread.gang, address, bytes) || !aligned(address, bytes) || !stack_suffices(thread)) {
+    check_new_global(thread, address, bytes, direction, place);
+  }
   count_global(*thread.gang, bytes, direction);
 }
 
@@ -109,17 +131,11 @@ void check_remote(Thread& thread, uintptr_t address, size_t bytes, Direction dir
   }
 }
 
-// An access that the compiler reported.
-void access_anywhere(const void* pointer, size_t bytes, Direction direction, bool expect_aligned,
-                     const void* instruction) {
-  Thread* const running = current_thread;
-  if (!running) return;
-  Thread& thread = *running;
+void __attribute__((noinline)) access_outside_stack(Thread& thread, uintptr_t address, size_t bytes,
+                                                    Direction direction, bool expect_aligned, const void* instruction) {
   Gang& gang = *thread.gang;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   const Origin origin = {{"", 0}, instruction};
   check_stack(thread, origin);
-  if (address - reinterpret_cast<uintptr_t>(thread.stack) < STACK_BYTES) return;
   if (expect_aligned) check_alignment(thread, address, bytes, direction, origin);
   if (in_shared(gang, address)) return check_own_shared(thread, address, bytes, direction, origin);
   if (direction == Direction::LOAD && gang.launch().image->holds(address)) return;
@@ -127,9 +143,39 @@ void access_anywhere(const void* pointer, size_t bytes, Direction direction, boo
   count_global(gang, bytes, direction);
 }
 
+// An access that the compiler reported: of memory, or of a variable of the thread's own that has an address.
+inline void access_anywhere(const void* pointer, size_t bytes, Direction direction, bool expect_aligned,
+                            const void* instruction) {
+  Thread* const thread = current_thread;
+  if (!thread) return;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  if (on_own_stack(*thread, address) && stack_suffices(*thread)) return;
+  access_outside_stack(*thread, address, bytes, direction, expect_aligned, instruction);
+}
+
+// A copy of as many bytes as one instruction moves: each case is one.
+void copy_word(void* to, const void* from, unsigned bytes) {
+  switch (bytes) {
+    case 2:
+      memcpy(to, from, 2);
+      return;
+    case 4:
+      memcpy(to, from, 4);
+      return;
+    case 8:
+      memcpy(to, from, 8);
+      return;
+    case 16:
+      memcpy(to, from, 16);
+      return;
+    default:
+      memcpy(to, from, bytes);
+  }
+}
+
 StandInBits read_bits(uintptr_t address, unsigned bytes) {
   StandInBits value = {0, 0};
-  memcpy(&value, reinterpret_cast<const void*>(address), bytes);
+  copy_word(&value, reinterpret_cast<const void*>(address), bytes);
   return value;
 }
 
@@ -153,19 +199,19 @@ unsigned char* stand_in_shared_memory() { return current_thread->block->shared; 
 
 StandInBits stand_in_load(const void* from, unsigned bytes, StandInCaching, StandInPlace place) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(from);
-  access_global(*current_thread, address, bytes, Direction::LOAD, at(place));
+  access_global(*current_thread, address, bytes, Direction::LOAD, place);
   return read_bits(address, bytes);
 }
 
 void stand_in_store(void* to, StandInBits value, unsigned bytes, StandInCaching, StandInPlace place) {
-  access_global(*current_thread, reinterpret_cast<uintptr_t>(to), bytes, Direction::STORE, at(place));
-  memcpy(to, &value, bytes);
+  access_global(*current_thread, reinterpret_cast<uintptr_t>(to), bytes, Direction::STORE, place);
+  copy_word(to, &value, bytes);
 }
 
 unsigned stand_in_arrive(unsigned* counter, StandInPlace place) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(counter);
-  access_global(*current_thread, address, sizeof *counter, Direction::LOAD, at(place));
-  access_global(*current_thread, address, sizeof *counter, Direction::STORE, at(place));
+  access_global(*current_thread, address, sizeof *counter, Direction::LOAD, place);
+  access_global(*current_thread, address, sizeof *counter, Direction::STORE, place);
   return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
 }
 
@@ -189,7 +235,7 @@ StandInBits stand_in_load_remote(const void* from, unsigned bytes, StandInPlace 
 
 void stand_in_store_remote(void* to, StandInBits value, unsigned bytes, StandInPlace place) {
   check_remote(*current_thread, reinterpret_cast<uintptr_t>(to), bytes, Direction::STORE, place);
-  memcpy(to, &value, bytes);
+  copy_word(to, &value, bytes);
 }
 
 void stand_in_bulk_copy(void* shared, const void* global, unsigned bytes, unsigned long long* barrier,

@@ -131,7 +131,10 @@ struct Gang {
   std::vector<BulkCopy> copies;
   unsigned char* shared_begin = nullptr;
   size_t shared_stride = 0;
-  AddressRange last_range = {0, 0, false};  // the allocation that was last accessed
+  // Allocations that were accessed lately, in no order: a kernel has few of them.
+  enum { RECENT_RANGES = 4 };
+  AddressRange recent_ranges[RECENT_RANGES] = {};
+  unsigned oldest_range = 0;
   uint64_t bytes_loaded = 0;
   uint64_t bytes_stored = 0;
 
@@ -148,8 +151,9 @@ struct Gang {
   std::vector<unsigned char> shared_;
 };
 
-// The CUDA thread that this thread of the host runs, if any.
-extern thread_local Thread* current_thread __attribute__((tls_model("initial-exec")));
+// The CUDA thread that this thread of the host runs, if any. Every access of a kernel asks for it: hence __thread, for
+// whose kind of variable the compiler need not suspect an initialiser.
+extern __thread Thread* current_thread __attribute__((tls_model("initial-exec")));
 
 enum : size_t {
   STACK_BYTES = 64 << 10,

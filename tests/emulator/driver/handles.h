@@ -47,10 +47,7 @@ class HandleTable {
     Entry* entry = entry_of(bits);
     if (!entry) return nullptr;
     Object* object = entry->object.exchange(nullptr, std::memory_order_acq_rel);
-    if (object) {
-      entry->generation.fetch_add(1, std::memory_order_release);
-      free_.push_back(static_cast<uint32_t>(bits));
-    }
+    if (object) free_.push_back(static_cast<uint32_t>(bits));
     return object;
   }
 

@@ -309,11 +309,12 @@ bool compile(const Program& program, std::vector<std::string> command, const std
   std::vector<std::string> link = compiler().command;
   link.insert(link.end(), {"-shared", "-nostdlib", "-o", library, object});
   const bool done = run(command, messages) && run(link, messages);
-  *log = read_file(messages);
   if (!done) {
+    *log = read_file(messages);
     if (log->empty()) *log = "nvrtc: error: the compiler failed on " + program.name + "\n";
     return false;
   }
+  // Its warnings are another compiler's, about a GPU's pragmas: not what NVRTC would say.
   std::string image = read_file(library);
   ImageTrailer trailer;
   memcpy(trailer.magic, IMAGE_MAGIC, sizeof trailer.magic);

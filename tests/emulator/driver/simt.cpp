@@ -11,7 +11,7 @@
 
 #include "gang.h"
 
-thread_local Thread* current_thread = nullptr;
+__thread Thread* current_thread = nullptr;
 
 namespace {
 
@@ -197,7 +197,7 @@ bool Gang::prepare(LaunchState& launch_state, unsigned block_count) {
     clusters[i].threads = cluster_blocks * block_threads;
     clusters[i].blocks = cluster_blocks;
   }
-  last_range = {0, 0, false};
+  std::fill(std::begin(recent_ranges), std::end(recent_ranges), AddressRange{0, 0, false});
   bytes_loaded = bytes_stored = 0;
   return true;
 }

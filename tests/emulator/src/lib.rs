@@ -39,3 +39,7 @@ pub const SUPPORTED: bool = cfg!(target_os = "linux");
 /// The folder of the stand-in's libraries, for a process that is to find only some of them.
 #[cfg(target_os = "linux")]
 pub const LIBRARIES: &str = env!("EMULATOR_LIBRARIES");
+
+/// Changes when kernels must be compiled anew although their source is the same: when the stand-in itself has changed.
+/// Whoever keeps its images from one run to the next keeps them under this name.
+pub const FINGERPRINT: &str = env!("EMULATOR_FINGERPRINT");

@@ -127,6 +127,12 @@ fn a_thread_that_leaves_before_a_barrier_is_missed() {
         text.contains("96 threads at a block barrier (test.cu:5), 32 threads exited"),
         "{text}"
     );
+    // Also where they have left before the others come.
+    let text = deadlock(128, "if (i < 32) return;\nblock_barrier();");
+    assert!(
+        text.contains("96 threads at a block barrier (test.cu:5), 32 threads exited"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -188,10 +188,14 @@ fn wrong_handles_are_errors() {
             CUresult::CUDA_ERROR_INVALID_HANDLE,
             "a handle ends once"
         );
+        let mut successor = std::ptr::null_mut();
+        sys::cuEventCreate(&mut successor, 0).result().unwrap();
+        assert_ne!(event, successor, "a handle that ended is no other's");
         assert_eq!(
             sys::cuEventRecord(event, stream.cu_stream()),
             CUresult::CUDA_ERROR_INVALID_HANDLE
         );
+        assert_eq!(sys::cuEventDestroy_v2(successor), CUresult::CUDA_SUCCESS);
     }
 }
 
