@@ -587,12 +587,11 @@ fn a_refused_call_does_not_spoil_the_next() {
     }
 }
 
-/// What only a CUDA device can be given, and what a machine may lack.
+/// What only a CUDA device can be given. (What a machine may lack has a file of its own.)
 #[cfg(target_os = "linux")]
 mod cuda {
     use std::process::Command;
 
-    use batchnorm_cuda::cuda::{Unavailable, is_available};
     use batchnorm_cuda::cudarc::driver::CudaContext;
     use batchnorm_cuda::{Backend, Cuda};
 
@@ -706,19 +705,7 @@ mod cuda {
         });
     }
 
-    #[test]
-    fn device_that_is_not_there() {
-        common::driver();
-        match Cuda::new(1000).unwrap_err() {
-            Error::Unavailable(Unavailable::NoSuchDevice { ordinal, count }) => {
-                assert_eq!(ordinal, 1000);
-                assert!((1..1000).contains(&count));
-            }
-            other => panic!("{other}"),
-        }
-    }
-
-    /// Runs a scenario in a process of its own, with the stand-in driver: what it sets holds for a whole process.
+    /// Runs a scenario in a process of its own, with the stand-in driver: a limit on memory holds for all who share a device.
     #[track_caller]
     fn alone(test: &str, scenario: impl FnOnce()) {
         const ALONE: &str = "BATCHNORM_TEST_ALONE";
@@ -726,7 +713,7 @@ mod cuda {
             return scenario();
         }
         let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", &format!("cuda::{test}"), "--nocapture"])
+            .args(["--exact", test, "--nocapture"])
             .env(ALONE, test)
             .env("BATCHNORM_TEST_STAND_IN", "1")
             .output()
@@ -739,73 +726,10 @@ mod cuda {
         );
     }
 
-    #[test]
-    fn no_driver() {
-        alone("no_driver", || {
-            // The stand-in is not installed: the machine's own driver answers, if there is one.
-            // SAFETY: the driver's initialisers have no demands.
-            let driver = unsafe { libloading::Library::new("libcuda.so").or(libloading::Library::new("libcuda.so.1")) };
-            match (is_available(), driver) {
-                (Err(Unavailable::NoDriver { tried }), Err(_)) => {
-                    assert_eq!(tried, ["libcuda.so", "libcuda.so.1"]);
-                    let said = Cuda::new(0).unwrap_err().to_string();
-                    assert!(
-                        said.contains("libcuda.so.1") && said.contains("https://www.nvidia.com/drivers"),
-                        "{said}"
-                    );
-                }
-                (Err(Unavailable::NoDriver { .. }), Ok(_)) => panic!("there is a driver"),
-                (other, Err(_)) => panic!("there is no driver: {other:?}"),
-                (_, Ok(_)) => {}
-            }
-        });
-    }
-
-    #[test]
-    fn no_device() {
-        alone("no_device", || {
-            common::driver();
-            emulator::set_no_device(true);
-            assert_eq!(is_available(), Err(Unavailable::NoDevice));
-            assert_eq!(Cuda::new(0).unwrap_err(), Error::Unavailable(Unavailable::NoDevice));
-        });
-    }
-
-    #[test]
-    fn nvrtc_newer_than_the_driver() {
-        alone("nvrtc_newer_than_the_driver", || {
-            common::driver();
-            emulator::set_driver_version(12_040);
-            emulator::set_nvrtc_version(13, 1);
-            let expected = Unavailable::NvrtcTooNew {
-                nvrtc: (13, 1),
-                driver: (12, 4),
-            };
-            assert_eq!(is_available(), Err(expected.clone()));
-            assert_eq!(Cuda::new(0).unwrap_err(), Error::Unavailable(expected));
-            // The same major version will do.
-            emulator::set_nvrtc_version(12, 9);
-            assert_eq!(is_available(), Ok(()));
-        });
-    }
-
-    #[test]
-    fn device_too_old() {
-        alone("device_too_old", || {
-            common::driver();
-            let expected = Unavailable::DeviceTooOld {
-                name: "NVIDIA GeForce GTX 1080 Ti".into(),
-                architecture: 61,
-            };
-            let refused = Cuda::new(emulator::ordinal("too-old")).unwrap_err();
-            assert_eq!(refused, Error::Unavailable(expected));
-        });
-    }
-
     /// Wherever the memory ends, the module is what it was.
     #[test]
     fn out_of_memory() {
-        alone("out_of_memory", || {
+        alone("cuda::out_of_memory", || {
             const CHANNELS: usize = 1 << 20;
             let device = common::cuda();
             let context = device.stream().context().cu_ctx();
