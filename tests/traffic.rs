@@ -26,7 +26,8 @@ fn context(profile: &str) -> Arc<CudaContext> {
 }
 
 fn on_stream(stream: Arc<CudaStream>) -> Cuda {
-    let cache = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("stand-in-kernels");
+    let name = format!("stand-in-kernels-{}", emulator::FINGERPRINT);
+    let cache = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     Cuda::with_cache(stream, DiskCache::Folder(cache)).unwrap()
 }
 

@@ -212,8 +212,8 @@ fn kernel_cache() -> DiskCache {
         return DiskCache::Default;
     }
     DiskCache::Folder(Path::new(env!("CARGO_TARGET_TMPDIR")).join(match driver() {
-        Driver::Real => "kernels",
-        Driver::StandIn => "stand-in-kernels",
+        Driver::Real => "kernels".to_owned(),
+        Driver::StandIn => format!("stand-in-kernels-{}", emulator::FINGERPRINT),
     }))
 }
 
