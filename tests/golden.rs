@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use batchnorm_cuda::half::{bf16, f16};
-use batchnorm_cuda::{BatchNorm2d, BatchNorm2dConfig, Dtype, Element};
+use batchnorm_cuda::{BatchNorm2d, BatchNorm2dConfig, Dtype, Element, Real};
 use common::golden::{Description, File, Part, files};
 use common::{Case, Device, errors, limit, on_every_device, reference, run, say};
 
@@ -58,7 +58,11 @@ fn every_file<B: Device>(device: &B) {
 
 fn check_file<B: Device>(device: &B, file: &File, worst: &mut Worst) -> Result<Vec<String>, String> {
     if file.is_state_dict() {
-        return check_state_dict(device, file);
+        let double = file.tensors.values().any(|tensor| tensor.dtype == "f64");
+        return match double {
+            false => check_state_dict::<B, f32>(device, file),
+            true => check_state_dict::<B, f64>(device, file),
+        };
     }
     let about = file.describe()?;
     match about.dtype {
@@ -109,12 +113,14 @@ fn check_step<B: Device, T: Element>(
 }
 
 /// A state dict that PyTorch wrote goes into a module and comes out bit for bit.
-fn check_state_dict<B: Device>(device: &B, file: &File) -> Result<Vec<String>, String> {
+fn check_state_dict<B: Device, P: Real>(device: &B, file: &File) -> Result<Vec<String>, String> {
     let wrong = |error: batchnorm_cuda::Error| error.to_string();
-    let channels = file.tensors.get("running_mean").and_then(|tensor| tensor.shape.first());
-    let config =
-        BatchNorm2dConfig::new(*channels.ok_or("no running_mean")?).affine(file.tensors.contains_key("weight"));
-    let mut module = BatchNorm2d::<B, f32>::new(device, config).map_err(wrong)?;
+    let vector = |name| file.tensors.get(name).and_then(|tensor| tensor.shape.first().copied());
+    let (affine, track) = (vector("weight"), vector("running_mean"));
+    let config = BatchNorm2dConfig::new(affine.or(track).ok_or("a state dict of nothing")?)
+        .affine(affine.is_some())
+        .track_running_stats(track.is_some());
+    let mut module = BatchNorm2d::<B, P>::new(device, config).map_err(wrong)?;
     module.load_safetensors_file(&file.path, "").map_err(wrong)?;
 
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;

@@ -115,9 +115,10 @@ impl File {
         self.path.file_name().unwrap_or_default().to_string_lossy().into()
     }
 
-    /// Whether it holds a state dict and not a step.
+    /// Whether it holds a state dict and not a step: PyTorch's names and no others.
     pub fn is_state_dict(&self) -> bool {
-        !self.metadata.contains_key("case") && self.tensors.contains_key("num_batches_tracked")
+        const NAMES: [&str; 5] = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"];
+        !self.tensors.is_empty() && self.tensors.keys().all(|name| NAMES.contains(&name.as_str()))
     }
 
     fn key<T>(&self, key: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T> {
