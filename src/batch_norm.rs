@@ -8,7 +8,7 @@ use crate::config::BatchNorm2dConfig;
 use crate::element::{Element, Real};
 use crate::epilogue::Epilogue;
 use crate::error::{Error, Result};
-use crate::request::{Backward, Forward};
+use crate::request::{Backward, Forward, Gradients};
 use crate::shape::Shape;
 
 /// Batch normalisation over the channels of four-dimensional tensors, as PyTorch's `torch.nn.BatchNorm2d`
@@ -113,15 +113,6 @@ impl<B: Backend, T: Element> Saved<B, T> {
         }
         Ok(())
     }
-}
-
-/// Gradients at weight and bias, one value per channel. Made by [`BatchNorm2d::gradients`].
-#[derive(Debug)]
-pub struct Gradients<B: Backend, P: Real> {
-    /// Σ dy · x̂ per channel.
-    pub weight: B::Buffer<P>,
-    /// Σ dy per channel.
-    pub bias: B::Buffer<P>,
 }
 
 impl<B: Backend, P: Real> BatchNorm2d<B, P> {

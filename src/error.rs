@@ -1,6 +1,5 @@
 //! Everything that can go wrong, with the argument, what was expected and what came.
 
-use crate::cuda::Unavailable;
 use crate::element::Dtype;
 use crate::shape::Shape;
 
@@ -266,6 +265,83 @@ pub enum StateError {
         path: String,
         /// The operating system's message.
         message: String,
+    },
+}
+
+/// The oldest compute capability the kernels are compiled for, times ten.
+pub const OLDEST_ARCHITECTURE: u32 = 75;
+
+/// Why CUDA cannot be used on this machine, and how to get what is missing.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unavailable {
+    /// The driver's library is not there.
+    #[error(
+        "no CUDA driver: none of {} could be loaded; install NVIDIA's driver for the GPU of this machine \
+         (https://www.nvidia.com/drivers)", .tried.join(", ")
+    )]
+    NoDriver {
+        /// The libraries looked for.
+        tried: Vec<String>,
+    },
+
+    /// The driver is there but does not start.
+    #[error("the CUDA driver does not start: {call} gave error {code}; is the kernel module of the driver loaded?")]
+    DriverFailed {
+        /// The driver's function.
+        call: &'static str,
+        /// The `CUresult`.
+        code: u32,
+    },
+
+    /// The driver is there, a GPU is not.
+    #[error(
+        "no CUDA device: the driver is there but sees no GPU; check `nvidia-smi` and the environment variable \
+         CUDA_VISIBLE_DEVICES"
+    )]
+    NoDevice,
+
+    /// The device asked for is not there.
+    #[error("no CUDA device {ordinal}: there are {count}, counted from 0")]
+    NoSuchDevice {
+        /// What was asked for.
+        ordinal: usize,
+        /// How many devices there are.
+        count: usize,
+    },
+
+    /// The device is older than the kernels.
+    #[error(
+        "device {name} has compute capability {}.{}: at least {}.{} is needed",
+        .architecture / 10, .architecture % 10, OLDEST_ARCHITECTURE / 10, OLDEST_ARCHITECTURE % 10
+    )]
+    DeviceTooOld {
+        /// The device's name.
+        name: String,
+        /// Its compute capability times ten.
+        architecture: u32,
+    },
+
+    /// NVRTC's library is not there.
+    #[error(
+        "no NVRTC: none of {} could be loaded; it comes with the CUDA toolkit, or with `pip install nvidia-cuda-nvrtc` \
+         (then add the folder of the library to LD_LIBRARY_PATH)", .tried.join(", ")
+    )]
+    NoNvrtc {
+        /// The libraries looked for.
+        tried: Vec<String>,
+    },
+
+    /// NVRTC's code would be newer than the driver understands.
+    #[error(
+        "NVRTC {}.{} is newer than the CUDA {}.{} of the driver: install NVRTC {} or a newer driver",
+        nvrtc.0, nvrtc.1, driver.0, driver.1, driver.0
+    )]
+    NvrtcTooNew {
+        /// NVRTC's version.
+        nvrtc: (u32, u32),
+        /// The CUDA version the driver supports.
+        driver: (u32, u32),
     },
 }
 

@@ -227,14 +227,14 @@ mod sealed {
 }
 
 pub use backend::{AsTensor, AsTensorMut, Backend};
-pub use batch_norm::{BatchNorm2d, Gradients, Saved};
+pub use batch_norm::{BatchNorm2d, Saved};
 pub use config::{BatchNorm2dConfig, Momentum};
 pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use element::{Dtype, Element, Plain, Real};
 pub use epilogue::Epilogue;
 pub use error::{Error, Result, StateError};
-pub use request::{Backward, Forward};
+pub use request::{Backward, Forward, Gradients};
 pub use shape::{Layout, Shape};
 pub use state::StateDict;
 

@@ -3,8 +3,7 @@
 use crate::backend::{
     AsTensor, AsTensorMut, Backend, BackwardEpilogue, ForwardEpilogue, GradientFlow, InputOutput, ParameterGradients,
 };
-use crate::batch_norm::Gradients;
-use crate::element::Element;
+use crate::element::{Element, Real};
 use crate::epilogue::Epilogue;
 use crate::error::{Error, Result};
 use crate::shape::Shape;
@@ -97,6 +96,15 @@ impl<'a, B: Backend, T: Element> Forward<'a, B, T> {
             ForwardEpilogue::Identity | ForwardEpilogue::Relu => Ok(()),
         }
     }
+}
+
+/// Gradients at weight and bias, one value per channel. Made by [`BatchNorm2d::gradients`](crate::BatchNorm2d::gradients).
+#[derive(Debug)]
+pub struct Gradients<B: Backend, P: Real> {
+    /// Σ dy · x̂ per channel.
+    pub weight: B::Buffer<P>,
+    /// Σ dy per channel.
+    pub bias: B::Buffer<P>,
 }
 
 /// A backward pass. Only what is asked for is computed: start with [`Backward::new`] or [`Backward::in_place`] and name

@@ -14,8 +14,7 @@ use super::driver_error::driver_error;
 use super::kernel::Instantiation;
 use super::limits::DeviceLimits;
 use super::plan::{Plan, Problem};
-use super::probe::{OLDEST_ARCHITECTURE, Unavailable};
-use crate::error::Result;
+use crate::error::{OLDEST_ARCHITECTURE, Result, Unavailable};
 
 /// Plans kept per context. A program that meets more shapes than this plans some of them again.
 const PLANS_KEPT: usize = 1024;

@@ -1,6 +1,6 @@
 //! The kernels and their instantiations: which source, and the constants it is compiled with.
 
-use super::tiling;
+use super::tiling::{self, Walk};
 use crate::element::Dtype;
 use crate::epilogue::Epilogue;
 
@@ -82,28 +82,6 @@ impl Kernel {
             Kernel::Apply => &sources::APPLY,
             Kernel::BackwardReduce => &sources::BACKWARD_REDUCE,
             Kernel::BackwardApply => &sources::BACKWARD_APPLY,
-        }
-    }
-}
-
-/// How a kernel walks a tensor: see `kernels/tensor.cuh`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Walk {
-    /// Along the planes of one channel, each a whole number of vectors.
-    Planes,
-    /// Along the planes of one channel, each of which may begin and end inside a vector.
-    PlanesWithEdges,
-    /// Down a column of vectors, a fixed set of channels.
-    Columns,
-}
-
-impl Walk {
-    /// `planes`, `planes with edges` or `columns`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Walk::Planes => "planes",
-            Walk::PlanesWithEdges => "planes with edges",
-            Walk::Columns => "columns",
         }
     }
 }

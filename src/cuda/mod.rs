@@ -30,10 +30,12 @@ use cudarc::driver::{
 pub use self::compile::{OPTIONS as COMPILE_OPTIONS, compile_ahead};
 pub use self::device::CompileReport;
 pub use self::disk_cache::{CACHE_VARIABLE, DiskCache};
-pub use self::kernel::{Instantiation, Kernel, Walk};
+pub use self::kernel::{Instantiation, Kernel};
 pub use self::limits::DeviceLimits;
-pub use self::probe::{OLDEST_ARCHITECTURE, Unavailable, is_available};
+pub use self::probe::is_available;
+pub use self::tiling::Walk;
 pub use self::workspace::Workspace;
+pub use crate::error::{OLDEST_ARCHITECTURE, Unavailable};
 
 use self::device::Device;
 use self::driver_error::{allocation_error, driver_error};

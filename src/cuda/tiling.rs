@@ -1,7 +1,6 @@
 //! How a tensor is cut into tasks: strips of channels, splits of rows, vectors of elements. Pure arithmetic; the words are
 //! those of `kernels/tensor.cuh`.
 
-use super::kernel::Walk;
 use super::limits::DeviceLimits;
 use crate::element::Dtype;
 use crate::shape::{Layout, Shape};
@@ -34,6 +33,28 @@ pub(super) const BLOCK_SIZES: [u64; 4] = [256, 128, 64, 32];
 
 /// Shared memory that a block gets without asking for more.
 const SHARED_MEMORY: u64 = 48 << 10;
+
+/// How a kernel walks a tensor: see `kernels/tensor.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Walk {
+    /// Along the planes of one channel, each a whole number of vectors.
+    Planes,
+    /// Along the planes of one channel, each of which may begin and end inside a vector.
+    PlanesWithEdges,
+    /// Down a column of vectors, a fixed set of channels.
+    Columns,
+}
+
+impl Walk {
+    /// `planes`, `planes with edges` or `columns`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Walk::Planes => "planes",
+            Walk::PlanesWithEdges => "planes with edges",
+            Walk::Columns => "columns",
+        }
+    }
+}
 
 /// How the addresses of a call's tensors lie to one another.
 ///
