@@ -5,7 +5,7 @@ use super::elementwise::{Visitor, centred, visit, write};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
 use super::reduce::Block;
-use super::simd::{Kernel, Lanes, Level, lanes};
+use super::simd::{Kernel, Lanes, Level};
 use crate::element::{Element, Real};
 
 /// `y = epilogue(fma((x - K) - d, invstd · weight, bias))` for the elements of one task.
@@ -32,14 +32,19 @@ pub(super) trait Epilogue<T: Element>: Copy + Send + Sync {
     ///
     /// # Safety
     /// The block is inside the tensors, and no thread writes to what is read.
-    unsafe fn finish<S: Level>(self, level: S, block: Block, value: Lanes<T::Param>) -> Lanes<T::Param>;
+    unsafe fn finish<S: Level>(
+        self,
+        level: S,
+        block: Block,
+        value: Lanes<T::Param>,
+    ) -> Lanes<T::Param>;
 }
 
 /// Nothing.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Identity;
 
-/// relu.
+/// relu: 0 for what is not above it, but NaN for NaN, which a maximum would drop.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Relu;
 
@@ -51,43 +56,54 @@ pub(super) struct AddRelu<'a, T> {
 
 impl<T: Element> Epilogue<T> for Identity {
     #[inline(always)]
-    unsafe fn finish<S: Level>(self, _level: S, _block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
+    unsafe fn finish<S: Level>(
+        self,
+        _level: S,
+        _block: Block,
+        value: Lanes<T::Param>,
+    ) -> Lanes<T::Param> {
         value
     }
 }
 
 impl<T: Element> Epilogue<T> for Relu {
     #[inline(always)]
-    unsafe fn finish<S: Level>(self, _level: S, _block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
-        relu(&value)
+    unsafe fn finish<S: Level>(
+        self,
+        level: S,
+        _block: Block,
+        value: Lanes<T::Param>,
+    ) -> Lanes<T::Param> {
+        level.pass(value, value)
     }
 }
 
 impl<T: Element> Epilogue<T> for AddRelu<'_, T> {
     #[inline(always)]
-    unsafe fn finish<S: Level>(self, level: S, block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
+    unsafe fn finish<S: Level>(
+        self,
+        level: S,
+        block: Block,
+        value: Lanes<T::Param>,
+    ) -> Lanes<T::Param> {
         // SAFETY: the caller's promise.
         let z = unsafe { self.z.load(level, block.at, block.count) };
-        relu(&lanes(|i| value[i] + z[i]))
+        let sum = level.add(value, z);
+        level.pass(sum, sum)
     }
-}
-
-/// 0 for what is not above it, but NaN for NaN: a maximum would drop it.
-#[inline(always)]
-pub(super) fn relu<P: Real>(values: &Lanes<P>) -> Lanes<P> {
-    lanes(|i| if values[i] <= P::ZERO { P::ZERO } else { values[i] })
 }
 
 /// `fma((x - K) - d, invstd · weight, bias)`.
 #[inline(always)]
-pub(super) fn normalised<P: Real>(
-    centred: &Lanes<P>,
+pub(super) fn normalised<S: Level, P: Real>(
+    level: S,
+    centred: Lanes<P>,
     coefficients: &impl Coefficients<P>,
     position: usize,
 ) -> Lanes<P> {
     let scale = coefficients.at(SCALE, position);
     let shift = coefficients.at(SHIFT, position);
-    lanes(|i| centred[i].mul_add(scale[i], shift[i]))
+    level.mul_add(centred, scale, shift)
 }
 
 impl<T: Element, E: Epilogue<T>> Kernel for Apply<'_, T, E> {
@@ -97,7 +113,10 @@ impl<T: Element, E: Epilogue<T>> Kernel for Apply<'_, T, E> {
     fn run<S: Level>(self, level: S) {
         let mut table = Table::<_, NORMALISATION>::new();
         // SAFETY: what the channels are normalised by is complete before any of their elements is computed.
-        unsafe { self.normalisation.fill(level, &self.task.channels, &mut table) };
+        unsafe {
+            self.normalisation
+                .fill(level, &self.task.channels, &mut table)
+        };
         let visitor = ApplyBlock {
             level,
             elements: self.elements,
@@ -126,13 +145,15 @@ impl<S: Level, T: Element, E: Epilogue<T>> Visitor<T::Param> for ApplyBlock<'_, 
             epilogue,
             streamed,
         } = self.elements;
+        let level = self.level;
         // SAFETY: the geometry's blocks are inside tensors of its shape, and no other task has this block. In place, it is
         // read before it is written.
         unsafe {
-            let x = x.load(self.level, block.at, block.count);
-            let value = normalised(&centred(&x, coefficients, block.position), coefficients, block.position);
-            let value = epilogue.finish(self.level, block, value);
-            write(self.level, y, block, &value, streamed);
+            let x = x.load(level, block.at, block.count);
+            let x = centred(level, x, coefficients, block.position);
+            let value = normalised(level, x, coefficients, block.position);
+            let value = epilogue.finish(level, block, value);
+            write(level, y, block, &value, streamed);
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::element::{Element, Real};
 
 /// Index of what is subtracted from all gradients of a channel: Σ g / n.
 const GRADIENT_MEAN: usize = NORMALISATION;
-/// Index of what is subtracted per unit of x - mean: invstd · dweight / n.
+/// Index of what is added per unit of x - mean: -invstd · dweight / n.
 const GRADIENT_SLOPE: usize = NORMALISATION + 1;
 /// How many coefficients the gradient at x has.
 const COEFFICIENTS: usize = NORMALISATION + 2;
@@ -29,8 +29,8 @@ pub(super) trait Mask<T: Element>: Copy + Send + Sync {
         self,
         level: S,
         block: Block,
-        dy: &Lanes<T::Param>,
-        x: &Lanes<T::Param>,
+        dy: Lanes<T::Param>,
+        x: Lanes<T::Param>,
         coefficients: &impl Coefficients<T::Param>,
     ) -> Lanes<T::Param>;
 }
@@ -55,11 +55,11 @@ impl<T: Element> Mask<T> for Everywhere {
         self,
         _level: S,
         _block: Block,
-        dy: &Lanes<T::Param>,
-        _x: &Lanes<T::Param>,
+        dy: Lanes<T::Param>,
+        _x: Lanes<T::Param>,
         _coefficients: &impl Coefficients<T::Param>,
     ) -> Lanes<T::Param> {
-        *dy
+        dy
     }
 }
 
@@ -69,13 +69,13 @@ impl<T: Element> Mask<T> for Recomputed {
         self,
         level: S,
         block: Block,
-        dy: &Lanes<T::Param>,
-        x: &Lanes<T::Param>,
+        dy: Lanes<T::Param>,
+        x: Lanes<T::Param>,
         coefficients: &impl Coefficients<T::Param>,
     ) -> Lanes<T::Param> {
         // As it was stored: rounding can make a 0 of a positive value.
-        let stored: [T; _] = narrow(level, &normalised(x, coefficients, block.position));
-        masked(dy, &widen(level, &stored))
+        let stored: [T; _] = narrow(level, &normalised(level, x, coefficients, block.position));
+        level.pass(dy, widen(level, &stored))
     }
 }
 
@@ -85,19 +85,13 @@ impl<T: Element> Mask<T> for Stored<'_, T> {
         self,
         level: S,
         block: Block,
-        dy: &Lanes<T::Param>,
-        _x: &Lanes<T::Param>,
+        dy: Lanes<T::Param>,
+        _x: Lanes<T::Param>,
         _coefficients: &impl Coefficients<T::Param>,
     ) -> Lanes<T::Param> {
         // SAFETY: the caller's promise.
-        masked(dy, &unsafe { self.y.load(level, block.at, block.count) })
+        level.pass(dy, unsafe { self.y.load(level, block.at, block.count) })
     }
-}
-
-/// dy where y is not <= 0: a NaN lets it pass.
-#[inline(always)]
-fn masked<P: Real>(dy: &Lanes<P>, y: &Lanes<P>) -> Lanes<P> {
-    lanes(|i| if y[i] <= P::ZERO { P::ZERO } else { dy[i] })
 }
 
 /// Σ g and Σ g · ((x - K) - d) in one task, into `partials`; g is dy behind the mask.
@@ -131,7 +125,7 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
                     };
                     let mut total = [T::Param::ZERO; 2];
                     for chunk in chunks.clone() {
-                        let sums = planar_sums::<_, 2, 2>(planar, channel, chunk, &terms);
+                        let sums = planar_sums::<_, _, 2, 2>(level, planar, channel, chunk, &terms);
                         total = [total[0] + sums[0], total[1] + sums[1]];
                     }
                     let total = [splat(total[0]), splat(total[1])];
@@ -150,16 +144,19 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
                 let mut sums = Table::<T::Param, 2>::new();
                 for chunk in chunks.clone() {
                     let pixels = interleaved.pixels(&(chunk..chunk + 1));
-                    interleaved_sums(interleaved, channels, &pixels, &mut sums, &terms);
+                    interleaved_sums(level, interleaved, channels, &pixels, &mut sums, &terms);
                     for (at, _) in blocks(channels.len()) {
-                        total.add(0, at, &sums.at(0, at));
-                        total.add(1, at, &sums.at(1, at));
+                        total.add(level, 0, at, sums.at(0, at));
+                        total.add(level, 1, at, sums.at(1, at));
                     }
                 }
                 for (at, count) in blocks(channels.len()) {
                     let total = [total.at(0, at), total.at(1, at)];
                     // SAFETY: no other task has these channels and this part.
-                    unsafe { self.partials.store(level, part, channels.start + at, count, &total) };
+                    unsafe {
+                        self.partials
+                            .store(level, part, channels.start + at, count, &total)
+                    };
                 }
             }
         }
@@ -188,9 +185,9 @@ impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param
         unsafe {
             let x = sums.x.load(level, block.at, block.count);
             let dy = sums.dy.load(level, block.at, block.count);
-            let x = centred(&x, coefficients, block.position);
-            let gradient = sums.mask.pass(level, block, &dy, &x, coefficients);
-            [gradient, lanes(|i| gradient[i] * x[i])]
+            let x = centred(level, x, coefficients, block.position);
+            let gradient = sums.mask.pass(level, block, dy, x, coefficients);
+            [gradient, level.mul(gradient, x)]
         }
     }
 }
@@ -231,7 +228,10 @@ impl<T: Element> Kernel for FinishSums<'_, T> {
             // SAFETY: nothing writes statistics in a backward pass.
             let [_, _, invstd] = unsafe { self.normalisation.statistics(level, channel, count) };
             let weight = lanes(|i| products[i] * invstd[i]);
-            let gradient = [lanes(|i| bias[i] / values), lanes(|i| invstd[i] * weight[i] / values)];
+            let gradient = [
+                lanes(|i| bias[i] / values),
+                lanes(|i| -(invstd[i] * weight[i] / values)),
+            ];
             // SAFETY: no other task has these channels.
             unsafe {
                 self.gradient.store(level, 0, channel, count, &gradient);
@@ -258,7 +258,10 @@ impl<S: Level, P: Real> Tree for PartSums<'_, S, P> {
     #[inline(always)]
     fn leaf(&self, part: usize) -> Self::Node {
         // SAFETY: all parts of these channels have been computed, and nothing writes them any more.
-        unsafe { self.partials.load(self.level, part, self.channel, self.count) }
+        unsafe {
+            self.partials
+                .load(self.level, part, self.channel, self.count)
+        }
     }
 
     #[inline(always)]
@@ -276,7 +279,14 @@ impl<P: Real> Parameters<'_, P> {
     /// # Safety
     /// The channels exist, and no other thread accesses their gradients meanwhile.
     #[inline(always)]
-    unsafe fn put<S: Level>(&self, level: S, to: Sink<'_, P>, channel: usize, count: usize, values: &Lanes<P>) {
+    unsafe fn put<S: Level>(
+        &self,
+        level: S,
+        to: Sink<'_, P>,
+        channel: usize,
+        count: usize,
+        values: &Lanes<P>,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
             if self.accumulate {
@@ -295,7 +305,7 @@ pub(super) struct ApplyGradient<'a, T: Element, E> {
     pub(super) geometry: &'a Geometry,
     pub(super) task: &'a Task,
     pub(super) normalisation: Normalisation<'a, T::Param>,
-    /// Σ g / n and invstd · dweight / n per channel, in training.
+    /// Σ g / n and -invstd · dweight / n per channel, in training.
     pub(super) gradient: Option<Partials<'a, T::Param>>,
     pub(super) elements: GradientElements<'a, T, E>,
 }
@@ -325,7 +335,8 @@ impl<T: Element, E: Mask<T>> Kernel for ApplyGradient<'_, T, E> {
             Some(gradient) => {
                 for (at, count) in blocks(channels.len()) {
                     // SAFETY: the numbers of these channels are complete before any of their elements is computed.
-                    let [mean, slope] = unsafe { gradient.load(level, 0, channels.start + at, count) };
+                    let [mean, slope] =
+                        unsafe { gradient.load(level, 0, channels.start + at, count) };
                     table.set(GRADIENT_MEAN, at, &mean);
                     table.set(GRADIENT_SLOPE, at, &slope);
                 }
@@ -339,7 +350,11 @@ impl<T: Element, E: Mask<T>> Kernel for ApplyGradient<'_, T, E> {
 
 impl<T: Element, E: Mask<T>> ApplyGradient<'_, T, E> {
     #[inline(always)]
-    fn visit<S: Level, const TRAINING: bool>(&self, level: S, table: &mut Table<T::Param, COEFFICIENTS>) {
+    fn visit<S: Level, const TRAINING: bool>(
+        &self,
+        level: S,
+        table: &mut Table<T::Param, COEFFICIENTS>,
+    ) {
         let elements = self.elements;
         let aligned = if elements.streamed {
             elements.dx.or(elements.dz)
@@ -367,16 +382,16 @@ impl<S: Level, T: Element, E: Mask<T>, const TRAINING: bool> Visitor<T::Param>
         unsafe {
             let x = elements.x.load(level, block.at, block.count);
             let dy = elements.dy.load(level, block.at, block.count);
-            let x = centred(&x, coefficients, block.position);
-            let gradient = elements.mask.pass(level, block, &dy, &x, coefficients);
+            let x = centred(level, x, coefficients, block.position);
+            let gradient = elements.mask.pass(level, block, dy, x, coefficients);
             if let Some(dx) = elements.dx {
                 let scale = coefficients.at(SCALE, block.position);
                 let value = if TRAINING {
                     let mean = coefficients.at(GRADIENT_MEAN, block.position);
                     let slope = coefficients.at(GRADIENT_SLOPE, block.position);
-                    lanes(|i| scale[i] * (-x[i]).mul_add(slope[i], gradient[i] - mean[i]))
+                    level.mul(scale, level.mul_add(x, slope, level.sub(gradient, mean)))
                 } else {
-                    lanes(|i| scale[i] * gradient[i])
+                    level.mul(scale, gradient)
                 };
                 write(level, dx, block, &value, elements.streamed);
             }

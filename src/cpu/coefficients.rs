@@ -38,6 +38,7 @@ impl<P: Real, const M: usize> Coefficients<P> for Uniform<P, M> {
 
 /// A strip of channels, repeated as often as a run has pixels.
 #[derive(Clone, Debug)]
+#[repr(align(64))]
 pub(super) struct Table<P, const M: usize>([[P; TABLE]; M]);
 
 /// A run, and room for the whole of the last vector.
@@ -58,10 +59,15 @@ impl<P: Real, const M: usize> Table<P, M> {
 
     /// Adds to a coefficient of the positions from `position` on.
     #[inline(always)]
-    pub(super) fn add(&mut self, index: usize, position: usize, values: &Lanes<P>) {
-        for (sum, &value) in self.0[index][position..position + LANES].iter_mut().zip(values) {
-            *sum = *sum + value;
-        }
+    pub(super) fn add<S: Level>(
+        &mut self,
+        level: S,
+        index: usize,
+        position: usize,
+        values: Lanes<P>,
+    ) {
+        let sum = level.add(self.at(index, position), values);
+        self.set(index, position, &sum);
     }
 
     /// Copies the first `channels` positions over the following ones, so that they are there `repeats` times.
@@ -71,6 +77,16 @@ impl<P: Real, const M: usize> Table<P, M> {
             for repeat in 1..repeats {
                 row.copy_within(..channels, repeat * channels);
             }
+        }
+    }
+
+    /// Makes position `first` of those that come again after `period` the first position, and repeats as many as a vector
+    /// has behind the last, so that vectors may start anywhere.
+    #[inline(always)]
+    pub(super) fn start_at(&mut self, first: usize, period: usize) {
+        for row in &mut self.0 {
+            row[..period].rotate_left(first % period);
+            row.copy_within(..LANES, period);
         }
     }
 
@@ -101,8 +117,9 @@ impl<P: Real, const M: usize> Table<P, M> {
 impl<P: Real, const M: usize> Coefficients<P> for Table<P, M> {
     #[inline(always)]
     fn at(&self, index: usize, position: usize) -> Lanes<P> {
-        let row = &self.0[index][position..position + LANES];
-        lanes(|i| row[i])
+        *self.0[index][position..]
+            .first_chunk()
+            .expect("a position has a vector's room behind it")
     }
 }
 
@@ -152,16 +169,29 @@ impl<P: Real> Normalisation<'_, P> {
     /// # Safety
     /// The channels exist, and no thread writes their statistics meanwhile.
     #[inline(always)]
-    pub(super) unsafe fn statistics<S: Level>(&self, level: S, channel: usize, count: usize) -> [Lanes<P>; 3] {
+    pub(super) unsafe fn statistics<S: Level>(
+        &self,
+        level: S,
+        channel: usize,
+        count: usize,
+    ) -> [Lanes<P>; 3] {
         // SAFETY: the caller's promise.
         unsafe {
             match self.statistics {
-                Statistics::Running { mean, variance, eps } => {
+                Statistics::Running {
+                    mean,
+                    variance,
+                    eps,
+                } => {
                     let mean = Source::from(mean).load(level, channel, count);
                     let variance = Source::from(variance).load(level, channel, count);
                     [mean, splat(P::ZERO), lanes(|i| invstd(variance[i], eps))]
                 }
-                Statistics::Batch { pivot, offset, invstd } => [
+                Statistics::Batch {
+                    pivot,
+                    offset,
+                    invstd,
+                } => [
                     pivot.load(level, channel, count),
                     offset.load(level, channel, count),
                     invstd.load(level, channel, count),
@@ -195,17 +225,29 @@ impl<P: Real> Normalisation<'_, P> {
             table.set(PIVOT, at, &pivot);
             table.set(OFFSET, at, &offset);
             table.set(SCALE, at, &lanes(|i| invstd[i] * weight[i]));
-            table.set(SHIFT, at, &load_or(level, self.bias, P::ZERO, channel, count));
+            table.set(
+                SHIFT,
+                at,
+                &load_or(level, self.bias, P::ZERO, channel, count),
+            );
         }
     }
 }
 
 /// Values of `count` channels from `channel` on, or `absent` for all.
 #[inline(always)]
-fn load_or<S: Level, P: Real>(level: S, values: Option<&[P]>, absent: P, channel: usize, count: usize) -> Lanes<P> {
+fn load_or<S: Level, P: Real>(
+    level: S,
+    values: Option<&[P]>,
+    absent: P,
+    channel: usize,
+    count: usize,
+) -> Lanes<P> {
     match values {
         // SAFETY: a slice cannot be written meanwhile, and this part of it exists.
-        Some(values) => unsafe { Source::from(&values[channel..channel + count]).load(level, 0, count) },
+        Some(values) => unsafe {
+            Source::from(&values[channel..channel + count]).load(level, 0, count)
+        },
         None => splat(absent),
     }
 }

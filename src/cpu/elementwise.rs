@@ -4,7 +4,7 @@ use super::coefficients::{Coefficients, OFFSET, PIVOT, Table};
 use super::geometry::{Geometry, Task};
 use super::memory::Sink;
 use super::reduce::Block;
-use super::simd::{LANES, Lanes, Level, lanes};
+use super::simd::{LANES, Lanes, Level};
 use crate::element::{Element, Real};
 
 /// Calls `visitor` with every block of a task. `table` has the coefficients of the task's channels, once. Where `aligned` is
@@ -23,23 +23,54 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
                 for image in 0..planar.images(chunk) {
                     let runs = planar.image_runs(&task.channels, chunk, image);
                     for run in 0..runs.count {
-                        visit_run(runs.start(run), runs.len, aligned, visitor, &table.uniform(run));
+                        let start = runs.start(run);
+                        let coefficients = table.uniform(run);
+                        let head = head(start, runs.len, aligned);
+                        if head > 0 {
+                            visitor.visit(Block::new(start, 0, head), &coefficients);
+                        }
+                        visit_blocks(
+                            start + head,
+                            runs.len - head,
+                            usize::MAX,
+                            visitor,
+                            &coefficients,
+                        );
                     }
                 }
             }
         }
         Geometry::Interleaved(interleaved) => {
+            let period = task.channels.len() * interleaved.repeats();
             table.repeat(task.channels.len(), interleaved.repeats());
-            let pixels = interleaved.pixels(&task.chunks);
-            for runs in [
-                interleaved.full_runs(&task.channels, &pixels),
-                interleaved.last_run(&task.channels, &pixels),
-            ] {
+            let runs = interleaved.rows(&task.channels, &task.chunks);
+            // All runs have the same head, or there is no streaming.
+            let head = head(runs.start(0), runs.len, aligned);
+            if head > 0 {
                 for run in 0..runs.count {
-                    visit_run(runs.start(run), runs.len, aligned, visitor, table);
+                    visitor.visit(Block::new(runs.start(run), 0, head), table);
                 }
             }
+            table.start_at(head, period);
+            for run in 0..runs.count {
+                visit_blocks(
+                    runs.start(run) + head,
+                    runs.len - head,
+                    period,
+                    visitor,
+                    table,
+                );
+            }
         }
+    }
+}
+
+/// How many elements of a run come before the first full block.
+#[inline(always)]
+fn head<T: Element>(start: usize, len: usize, aligned: Option<Sink<'_, T>>) -> usize {
+    match aligned {
+        Some(sink) => sink.until_aligned(start).min(len),
+        None => 0,
     }
 }
 
@@ -49,36 +80,52 @@ pub(super) trait Visitor<P: Real> {
     fn visit(&self, block: Block, coefficients: &impl Coefficients<P>);
 }
 
+/// Visits adjacent elements whose coefficients come again after `period` positions.
 #[inline(always)]
-fn visit_run<P: Real, T: Element>(
+fn visit_blocks<P: Real>(
     start: usize,
     len: usize,
-    aligned: Option<Sink<'_, T>>,
+    period: usize,
     visitor: &impl Visitor<P>,
     coefficients: &impl Coefficients<P>,
 ) {
-    let mut position = match aligned {
-        Some(sink) => sink.until_aligned(start).min(len),
-        None => 0,
-    };
-    if position > 0 {
-        visitor.visit(Block::new(start, 0, position), coefficients);
-    }
-    while position + LANES <= len {
-        visitor.visit(Block::new(start, position, LANES), coefficients);
+    let mut position = 0;
+    let full = len - len % LANES;
+    let mut at = 0;
+    while at < full {
+        let block = Block {
+            at: start + at,
+            position,
+            count: LANES,
+        };
+        visitor.visit(block, coefficients);
+        at += LANES;
         position += LANES;
+        if position >= period {
+            position -= period;
+        }
     }
-    if position < len {
-        visitor.visit(Block::new(start, position, len - position), coefficients);
+    if full < len {
+        let block = Block {
+            at: start + full,
+            position,
+            count: len - full,
+        };
+        visitor.visit(block, coefficients);
     }
 }
 
 /// (x - K) - d.
 #[inline(always)]
-pub(super) fn centred<P: Real>(x: &Lanes<P>, coefficients: &impl Coefficients<P>, position: usize) -> Lanes<P> {
+pub(super) fn centred<S: Level, P: Real>(
+    level: S,
+    x: Lanes<P>,
+    coefficients: &impl Coefficients<P>,
+    position: usize,
+) -> Lanes<P> {
     let pivot = coefficients.at(PIVOT, position);
     let offset = coefficients.at(OFFSET, position);
-    lanes(|i| (x[i] - pivot[i]) - offset[i])
+    level.sub(level.sub(x, pivot), offset)
 }
 
 /// Rounds and writes a block, past the caches if `streamed` and possible.

@@ -27,7 +27,14 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
     };
     let eps = T::Param::from_f64(pass.eps);
     let (statistics, batch) = match pass.statistics {
-        ForwardStatistics::Running { mean, variance } => (Statistics::Running { mean, variance, eps }, None),
+        ForwardStatistics::Running { mean, variance } => (
+            Statistics::Running {
+                mean,
+                variance,
+                eps,
+            },
+            None,
+        ),
         ForwardStatistics::Batch {
             saved,
             workspace,
@@ -52,9 +59,10 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
             (statistics, Some(batch))
         }
     };
+    let geometry = Geometry::new(pass.shape);
     let forward = Forward {
         simd,
-        geometry: Geometry::new(pass.shape),
+        geometry,
         normalisation: Normalisation {
             statistics,
             weight: pass.weight,
@@ -65,7 +73,7 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
             x,
             y,
             epilogue: (),
-            streamed: streams::<T>(&pass.shape),
+            streamed: streams::<T>(&geometry),
         },
     };
     match pass.epilogue {

@@ -21,8 +21,10 @@ use crate::shape::{Layout, Shape};
 pub(super) const STRIP: usize = 256;
 /// Values of a chunk of one channel in NCHW: 16 KB of `f32`, half of the smallest first-level caches.
 const PLANAR_CHUNK: usize = 4096;
-/// Runs of a chunk in NHWC.
-const INTERLEAVED_RUNS: usize = 32;
+/// Shortest run in NHWC, with as many channels as fill vectors.
+const INTERLEAVED_RUN: usize = 64;
+/// Elements of a chunk of a group in NHWC, about: 32 runs of the greatest length, 32 KB of `f32`.
+const INTERLEAVED_CHUNK: usize = 8192;
 /// Chunks of a part.
 const CHUNKS_PER_PART: usize = 8;
 /// Elements of a group that has more channels than it needs to: 512 KB of `f32`, so that it stays in a core's cache.
@@ -124,11 +126,23 @@ impl Geometry {
         }
     }
 
+    /// Number of adjacent elements that a task has in the order of memory, but for the last of several.
+    pub(super) fn row_len(&self) -> usize {
+        match self {
+            Geometry::Planar(planar) => planar.piece,
+            Geometry::Interleaved(interleaved) => {
+                interleaved.rows(&self.group(0), &self.part(0)).len
+            }
+        }
+    }
+
     /// Number of chunks of the values of each channel.
     pub(super) fn chunks(&self) -> usize {
         match self {
             Geometry::Planar(planar) => planar.chunks(),
-            Geometry::Interleaved(interleaved) => interleaved.pixels.div_ceil(interleaved.chunk_pixels()),
+            Geometry::Interleaved(interleaved) => {
+                interleaved.pixels.div_ceil(interleaved.chunk_pixels())
+            }
         }
     }
 
@@ -159,7 +173,10 @@ impl Geometry {
     /// Number of values of each channel in a part.
     pub(super) fn part_values(&self, part: usize) -> usize {
         match self {
-            Geometry::Planar(planar) => self.part(part).map(|chunk| planar.chunk_values(chunk)).sum(),
+            Geometry::Planar(planar) => self
+                .part(part)
+                .map(|chunk| planar.chunk_values(chunk))
+                .sum(),
             Geometry::Interleaved(interleaved) => interleaved.pixels(&self.part(part)).len(),
         }
     }
@@ -237,15 +254,15 @@ impl Planar {
     }
 
     /// How far behind the values of a chunk are those that a task reads after it: the next chunk's, or the next channel's
-    /// first.
+    /// first. Modulo 2^64, since that may be before it.
     #[inline(always)]
-    pub(super) fn ahead(&self, channel: usize, chunk: usize, chunks: &Range<usize>) -> isize {
+    pub(super) fn ahead(&self, channel: usize, chunk: usize, chunks: &Range<usize>) -> usize {
         let next = if chunk + 1 < chunks.end {
             self.runs(channel, chunk + 1)
         } else {
             self.runs(channel + 1, chunks.start)
         };
-        next.start as isize - self.runs(channel, chunk).start as isize
+        next.start.wrapping_sub(self.runs(channel, chunk).start)
     }
 
     /// Number of images of a chunk.
@@ -259,7 +276,8 @@ impl Planar {
     pub(super) fn image_runs(&self, channels: &Range<usize>, chunk: usize, image: usize) -> Runs {
         let (images, within) = self.chunk(chunk);
         Runs {
-            start: ((images.start + image) * self.channels + channels.start) * self.plane + within.start,
+            start: ((images.start + image) * self.channels + channels.start) * self.plane
+                + within.start,
             stride: self.plane,
             count: channels.len(),
             len: within.len(),
@@ -285,20 +303,31 @@ impl Interleaved {
         Self {
             pixels,
             channels,
-            group: channels.div_ceil(groups).next_multiple_of(LANES),
+            group: channels
+                .div_ceil(groups)
+                .next_multiple_of(LANES)
+                .min(channels),
             pixels_per_run: Self::pixels_per_run(channels),
         }
     }
 
-    /// As many as keep a run within a strip, and its vectors full if that can be.
+    /// Enough for some full vectors, if that can be; else as many as keep a run within a strip.
     fn pixels_per_run(channels: usize) -> usize {
+        if channels.is_multiple_of(LANES) {
+            return (INTERLEAVED_RUN / channels).max(1);
+        }
         let most = (STRIP / channels).max(1);
-        let full = LANES >> channels.trailing_zeros().min(LANES.trailing_zeros());
-        if most >= full { most / full * full } else { most }
+        let full = LANES >> channels.trailing_zeros();
+        if most >= full {
+            most / full * full
+        } else {
+            most
+        }
     }
 
     fn chunk_pixels(&self) -> usize {
-        self.pixels_per_run * INTERLEAVED_RUNS
+        let run = self.group * self.pixels_per_run;
+        self.pixels_per_run * (INTERLEAVED_CHUNK / run)
     }
 
     /// The pixels of some chunks.
@@ -309,14 +338,31 @@ impl Interleaved {
 
     /// How far behind the values of some pixels are those of as many pixels more.
     #[inline(always)]
-    pub(super) fn ahead(&self, pixels: &Range<usize>) -> isize {
-        (pixels.len() * self.channels) as isize
+    pub(super) fn ahead(&self, pixels: &Range<usize>) -> usize {
+        pixels.len() * self.channels
     }
 
     /// How many times the channels of a group follow each other in a run.
     #[inline(always)]
     pub(super) fn repeats(&self) -> usize {
         self.pixels_per_run
+    }
+
+    /// What some channels have in some chunks, in as few runs as can be: one, if they are all channels.
+    #[inline(always)]
+    pub(super) fn rows(&self, channels: &Range<usize>, chunks: &Range<usize>) -> Runs {
+        let pixels = self.pixels(chunks);
+        let (count, pixels_per_row) = if channels.len() == self.channels {
+            (1, pixels.len())
+        } else {
+            (pixels.len(), 1)
+        };
+        Runs {
+            start: pixels.start * self.channels + channels.start,
+            stride: self.channels,
+            count,
+            len: pixels_per_row * channels.len(),
+        }
     }
 
     /// The runs of some pixels that have the full length.

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use super::Cpu;
 use super::backward::{
-    ApplyGradient, Everywhere, FinishSums, GradientElements, Mask, Parameters, Recomputed, Stored, TaskSums,
+    ApplyGradient, Everywhere, FinishSums, GradientElements, Mask, Parameters, Recomputed, Stored,
+    TaskSums,
 };
 use super::coefficients::{Normalisation, Statistics};
 use super::geometry::{Geometry, Task};
@@ -29,7 +30,14 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
     let (statistics, training) = match pass.statistics {
         BackwardStatistics::Running { mean, variance } => {
             let eps = T::Param::from_f64(pass.eps);
-            (Statistics::Running { mean, variance, eps }, false)
+            (
+                Statistics::Running {
+                    mean,
+                    variance,
+                    eps,
+                },
+                false,
+            )
         }
         BackwardStatistics::Batch(saved) => {
             let statistics = Statistics::Batch {
@@ -41,9 +49,10 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
         }
     };
     let (partials, gradient) = pass.workspace.split(pass.shape.channels);
+    let geometry = Geometry::new(pass.shape);
     let gradients = Gradients {
         simd,
-        geometry: Geometry::new(pass.shape),
+        geometry,
         normalisation: Normalisation {
             statistics,
             weight: pass.weight,
@@ -63,13 +72,15 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
             mask: (),
             dx,
             dz: None,
-            streamed: streams::<T>(&pass.shape),
+            streamed: streams::<T>(&geometry),
         },
     };
     match pass.epilogue {
         BackwardEpilogue::Identity => gradients.run(Everywhere, None),
         BackwardEpilogue::Relu => gradients.run(Recomputed, None),
-        BackwardEpilogue::AddRelu { y, dz } => gradients.run(Stored { y: y.into() }, dz.map(Sink::from)),
+        BackwardEpilogue::AddRelu { y, dz } => {
+            gradients.run(Stored { y: y.into() }, dz.map(Sink::from))
+        }
     }
 }
 
@@ -89,7 +100,11 @@ struct Gradients<'a, T: Element, E> {
 impl<'a, T: Element> Gradients<'a, T, ()> {
     fn run<E: Mask<T>>(self, mask: E, dz: Option<Sink<'a, T>>) {
         let GradientElements {
-            x, dy, dx, streamed, ..
+            x,
+            dy,
+            dx,
+            streamed,
+            ..
         } = self.elements;
         let gradients = Gradients {
             simd: self.simd,

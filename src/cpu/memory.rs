@@ -61,7 +61,12 @@ impl<'a, T: Element> Source<'a, T> {
     /// # Safety
     /// The elements are inside, and no thread writes them meanwhile.
     #[inline(always)]
-    pub(super) unsafe fn load<S: Level>(self, level: S, at: usize, count: usize) -> Lanes<T::Param> {
+    pub(super) unsafe fn load<S: Level>(
+        self,
+        level: S,
+        at: usize,
+        count: usize,
+    ) -> Lanes<T::Param> {
         debug_assert!(count <= LANES && at + count <= self.len);
         if count == LANES {
             // SAFETY: the block is inside; an array of T is aligned as T.
@@ -74,11 +79,11 @@ impl<'a, T: Element> Source<'a, T> {
         }
     }
 
-    /// Asks for the memory of the block that is `ahead` elements behind the block at `at`, if there is one.
+    /// Asks for the memory of the block at `at`, which will be read soon. It need not be inside.
     #[inline(always)]
-    pub(super) fn prefetch<S: Level>(self, level: S, at: usize, ahead: isize) {
+    pub(super) fn prefetch<S: Level>(self, level: S, at: usize) {
         const LINE: usize = 64;
-        let block = self.start.wrapping_add(at).wrapping_offset(ahead).cast::<u8>();
+        let block = self.start.wrapping_add(at).cast::<u8>();
         let mut byte = 0;
         while byte < size_of::<[T; LANES]>() {
             level.prefetch(block.wrapping_add(byte));
@@ -120,7 +125,13 @@ impl<'a, T: Element> Sink<'a, T> {
     /// # Safety
     /// The elements are inside, and no other thread accesses them meanwhile.
     #[inline(always)]
-    pub(super) unsafe fn store<S: Level>(self, level: S, at: usize, count: usize, lanes: &Lanes<T::Param>) {
+    pub(super) unsafe fn store<S: Level>(
+        self,
+        level: S,
+        at: usize,
+        count: usize,
+        lanes: &Lanes<T::Param>,
+    ) {
         debug_assert!(count <= LANES && at + count <= self.len);
         let block: [T; LANES] = narrow(level, lanes);
         if count == LANES {

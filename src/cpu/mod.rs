@@ -1,10 +1,10 @@
 //! The CPU backend: parallel over channels and parts of the batch, vectorised, and bit for bit the same on any number of
 //! threads.
 //!
-//! `forward` and `gradients` translate what the module asks for into a `schedule::Pass`: reduce, finish, apply.
-//! `geometry` cuts the tensors into tasks, `schedule` runs them. The work of one task is a `simd::Kernel`, compiled
-//! for several instruction sets: `statistics` and `apply` forward, `backward` backward, written with
-//! `reduce` (sums), `elementwise` (one visit to each element) and `coefficients` (what a channel is computed with).
+//! [`forward`] and [`gradients`] translate what the module asks for into a [`schedule::Pass`]: reduce, finish, apply.
+//! [`geometry`] cuts the tensors into tasks, [`schedule`] runs them. The work of one task is a [`simd::Kernel`], compiled
+//! for several instruction sets: [`statistics`] and [`apply`] forward, [`backward`] backward, written with
+//! [`reduce`] (sums), [`elementwise`] (one visit to each element) and [`coefficients`] (what a channel is computed with).
 
 mod apply;
 mod backward;
@@ -31,6 +31,7 @@ use crate::error::Result;
 use crate::sealed::Sealed;
 use crate::shape::Shape;
 
+use geometry::Geometry;
 use simd::Simd;
 
 /// The CPU as a device: buffers are vectors, slices or arrays.
@@ -146,8 +147,11 @@ impl Backend for Cpu {
     }
 }
 
-/// Whether results of this shape are written past the caches: where they would not stay there until they are read.
-fn streams<T: Element>(shape: &Shape) -> bool {
+/// Whether results are written past the caches: where they would not stay there until they are read, and runs are long
+/// enough that few lines are written in two steps.
+fn streams<T: Element>(geometry: &Geometry) -> bool {
     const CACHED: usize = 4 << 20;
-    shape.batch * shape.channels * shape.height * shape.width * size_of::<T>() > CACHED
+    const LONG: usize = 1 << 10;
+    geometry.channels() * geometry.values() * size_of::<T>() > CACHED
+        && geometry.row_len() * size_of::<T>() >= LONG
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::coefficients::Table;
 use super::geometry::{Interleaved, Planar};
-use super::simd::{LANES, Lanes, blocks, lanes};
+use super::simd::{LANES, Lanes, Level, blocks};
 use crate::element::Real;
 
 /// Some adjacent values of a run, not more than [`LANES`].
@@ -42,13 +42,15 @@ pub(super) trait Terms<P: Real, const M: usize> {
 
 /// Sums over a chunk of one channel. `U` vectors are added to at once, so that additions need not wait for each other.
 #[inline(always)]
-pub(super) fn planar_sums<P: Real, const M: usize, const U: usize>(
+pub(super) fn planar_sums<S: Level, P: Real, const M: usize, const U: usize>(
+    level: S,
     planar: &Planar,
     channel: usize,
     chunk: usize,
     terms: &impl Terms<P, M>,
 ) -> [P; M] {
     let mut sums = [[[P::ZERO; LANES]; U]; M];
+    let mut rests = [[[P::ZERO; LANES]; 1]; M];
     let runs = planar.runs(channel, chunk);
     for run in 0..runs.count {
         let start = runs.start(run);
@@ -56,28 +58,36 @@ pub(super) fn planar_sums<P: Real, const M: usize, const U: usize>(
         while position + U * LANES <= runs.len {
             for vector in 0..U {
                 let block = Block::new(start, position + vector * LANES, LANES);
-                add_block(&mut sums, vector, block, terms);
+                add_block(level, &mut sums, vector, block, terms);
             }
             position += U * LANES;
         }
         while position + LANES <= runs.len {
-            add_block(&mut sums, 0, Block::new(start, position, LANES), terms);
+            add_block(
+                level,
+                &mut rests,
+                0,
+                Block::new(start, position, LANES),
+                terms,
+            );
             position += LANES;
         }
         if position < runs.len {
-            add_block(&mut sums, 0, Block::new(start, position, runs.len - position), terms);
+            let rest = Block::new(start, position, runs.len - position);
+            add_block(level, &mut rests, 0, rest, terms);
         }
     }
     let mut totals = [P::ZERO; M];
-    for (total, vectors) in totals.iter_mut().zip(&sums) {
-        *total = sum_of_lanes(vectors);
+    for ((total, vectors), rest) in totals.iter_mut().zip(&sums).zip(&rests) {
+        *total = sum_of_lanes(level, vectors) + sum_of_lanes(level, rest);
     }
     totals
 }
 
 /// Adds the values of a block to one vector of each sum.
 #[inline(always)]
-fn add_block<P: Real, const M: usize, const U: usize>(
+fn add_block<S: Level, P: Real, const M: usize, const U: usize>(
+    level: S,
     sums: &mut [[Lanes<P>; U]; M],
     vector: usize,
     block: Block,
@@ -85,13 +95,14 @@ fn add_block<P: Real, const M: usize, const U: usize>(
 ) {
     let added = terms.terms(block);
     for (sum, added) in sums.iter_mut().zip(&added) {
-        sum[vector] = add(&sum[vector], &first(added, block.count));
+        sum[vector] = level.add(sum[vector], first(level, *added, block.count));
     }
 }
 
 /// Sums over some pixels for each channel of a strip, at the strip's positions in `sums`, which is overwritten.
 #[inline(always)]
-pub(super) fn interleaved_sums<P: Real, const M: usize>(
+pub(super) fn interleaved_sums<S: Level, P: Real, const M: usize>(
+    level: S,
     interleaved: &Interleaved,
     channels: &Range<usize>,
     pixels: &Range<usize>,
@@ -103,21 +114,22 @@ pub(super) fn interleaved_sums<P: Real, const M: usize>(
     let fours = runs.count / 4;
     for four in 0..fours {
         let starts = [0, 1, 2, 3].map(|run| runs.start(four * 4 + run));
-        add_four_runs(starts, runs.len, sums, terms);
+        add_four_runs(level, starts, runs.len, sums, terms);
     }
     for run in fours * 4..runs.count {
-        add_run(runs.start(run), runs.len, sums, terms);
+        add_run(level, runs.start(run), runs.len, sums, terms);
     }
     let last = interleaved.last_run(channels, pixels);
     for run in 0..last.count {
-        add_run(last.start(run), last.len, sums, terms);
+        add_run(level, last.start(run), last.len, sums, terms);
     }
     sums.fold(channels.len(), interleaved.repeats());
 }
 
 /// Adds four runs of one length, pair to pair, so that the sums are fetched and stored once for all of them.
 #[inline(always)]
-fn add_four_runs<P: Real, const M: usize>(
+fn add_four_runs<S: Level, P: Real, const M: usize>(
+    level: S,
     starts: [usize; 4],
     len: usize,
     sums: &mut Table<P, M>,
@@ -125,16 +137,17 @@ fn add_four_runs<P: Real, const M: usize>(
 ) {
     let mut position = 0;
     while position + LANES <= len {
-        add_four_blocks(starts, position, LANES, sums, terms);
+        add_four_blocks(level, starts, position, LANES, sums, terms);
         position += LANES;
     }
     if position < len {
-        add_four_blocks(starts, position, len - position, sums, terms);
+        add_four_blocks(level, starts, position, len - position, sums, terms);
     }
 }
 
 #[inline(always)]
-fn add_four_blocks<P: Real, const M: usize>(
+fn add_four_blocks<S: Level, P: Real, const M: usize>(
+    level: S,
     starts: [usize; 4],
     position: usize,
     count: usize,
@@ -146,17 +159,23 @@ fn add_four_blocks<P: Real, const M: usize>(
     let c = terms.terms(Block::new(starts[2], position, count));
     let d = terms.terms(Block::new(starts[3], position, count));
     for sum in 0..M {
-        let added = add(&add(&a[sum], &b[sum]), &add(&c[sum], &d[sum]));
-        sums.add(sum, position, &first(&added, count));
+        let added = level.add(level.add(a[sum], b[sum]), level.add(c[sum], d[sum]));
+        sums.add(level, sum, position, first(level, added, count));
     }
 }
 
 #[inline(always)]
-fn add_run<P: Real, const M: usize>(start: usize, len: usize, sums: &mut Table<P, M>, terms: &impl Terms<P, M>) {
+fn add_run<S: Level, P: Real, const M: usize>(
+    level: S,
+    start: usize,
+    len: usize,
+    sums: &mut Table<P, M>,
+    terms: &impl Terms<P, M>,
+) {
     for (position, count) in blocks(len) {
         let added = terms.terms(Block::new(start, position, count));
         for (sum, added) in added.iter().enumerate() {
-            sums.add(sum, position, &first(added, count));
+            sums.add(level, sum, position, first(level, *added, count));
         }
     }
 }
@@ -178,7 +197,8 @@ pub(super) trait Tree {
 pub(super) fn pairwise<R: Tree>(tree: &R, count: usize) -> R::Node {
     // Level k waits with the join of 2^k leaves for the next 2^k: the digits of a binary counter. Not by recursion, which
     // could not be inlined.
-    let mut waiting: [Option<R::Node>; usize::BITS as usize] = [const { None }; usize::BITS as usize];
+    let mut waiting: [Option<R::Node>; usize::BITS as usize] =
+        [const { None }; usize::BITS as usize];
     for part in 0..count {
         let mut node = tree.leaf(part);
         let mut level = 0;
@@ -198,30 +218,25 @@ pub(super) fn pairwise<R: Tree>(tree: &R, count: usize) -> R::Node {
     joined.expect("at least one leaf")
 }
 
-#[inline(always)]
-fn add<P: Real>(a: &Lanes<P>, b: &Lanes<P>) -> Lanes<P> {
-    lanes(|i| a[i] + b[i])
-}
-
 /// The first `count` lanes, the others zero.
 #[inline(always)]
-fn first<P: Real>(values: &Lanes<P>, count: usize) -> Lanes<P> {
+fn first<S: Level, P: Real>(level: S, values: Lanes<P>, count: usize) -> Lanes<P> {
     if count == LANES {
-        *values
+        values
     } else {
-        lanes(|i| if i < count { values[i] } else { P::ZERO })
+        level.first(values, count)
     }
 }
 
 /// The sum of all lanes of all vectors, halves with halves.
 #[inline(always)]
-fn sum_of_lanes<P: Real, const U: usize>(vectors: &[Lanes<P>; U]) -> P {
+fn sum_of_lanes<S: Level, P: Real, const U: usize>(level: S, vectors: &[Lanes<P>; U]) -> P {
     let mut sum = *vectors;
     let mut width = U;
     while width > 1 {
         width /= 2;
         for vector in 0..width {
-            sum[vector] = add(&sum[vector], &sum[vector + width]);
+            sum[vector] = level.add(sum[vector], sum[vector + width]);
         }
     }
     let mut sum = sum[0];

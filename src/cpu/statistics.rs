@@ -49,7 +49,7 @@ impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Shi
         // SAFETY: the geometry's blocks are inside a tensor of its shape, and nothing writes x in these passes.
         let x = unsafe { self.x.load(self.level, block.at, block.count) };
         let pivot = self.coefficients.at(PIVOT, block.position);
-        [lanes(|i| x[i] - pivot[i])]
+        [self.level.sub(x, pivot)]
     }
 }
 
@@ -57,17 +57,22 @@ impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Shi
 struct Squares<'a, S, T, C> {
     shifted: Shifted<'a, S, T, C>,
     /// How far behind a value is the one that is read next in its place.
-    ahead: isize,
+    ahead: usize,
 }
 
 impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Squares<'_, S, T, C> {
     #[inline(always)]
     fn terms(&self, block: Block) -> [Lanes<T::Param>; 1] {
-        let Shifted { level, x, coefficients } = self.shifted;
-        x.prefetch(level, block.at, self.ahead);
+        let Shifted {
+            level,
+            x,
+            coefficients,
+        } = self.shifted;
+        x.prefetch(level, block.at.wrapping_add(self.ahead));
         let [shifted] = self.shifted.terms(block);
         let mean = coefficients.at(MEAN, block.position);
-        [lanes(|i| (shifted[i] - mean[i]) * (shifted[i] - mean[i]))]
+        let deviation = level.sub(shifted, mean);
+        [level.mul(deviation, deviation)]
     }
 }
 
@@ -86,7 +91,7 @@ impl<T: Element> TaskStatistics<'_, T> {
                     x: self.x,
                     coefficients: &Uniform([pivot]),
                 };
-                let [sum] = planar_sums::<_, 1, 4>(planar, channel, chunk, &shifted);
+                let [sum] = planar_sums::<_, _, 1, 4>(level, planar, channel, chunk, &shifted);
                 let mean = sum / T::Param::from_f64(values as f64);
                 let squares = Squares {
                     shifted: Shifted {
@@ -96,7 +101,7 @@ impl<T: Element> TaskStatistics<'_, T> {
                     },
                     ahead: planar.ahead(channel, chunk, chunks),
                 };
-                let [squares] = planar_sums::<_, 1, 4>(planar, channel, chunk, &squares);
+                let [squares] = planar_sums::<_, _, 1, 4>(level, planar, channel, chunk, &squares);
                 state = state.push_chunk(values as u64, mean, squares);
             }
             let partial = [splat(state.mean), splat(state.variance)];
@@ -128,8 +133,13 @@ impl<T: Element> TaskStatistics<'_, T> {
             let partial = [state.at(0, at), state.at(1, at)];
             // SAFETY: no other task has these channels and this part.
             unsafe {
-                self.partials
-                    .store(level, Geometry::part_of(chunks), channels.start + at, count, &partial)
+                self.partials.store(
+                    level,
+                    Geometry::part_of(chunks),
+                    channels.start + at,
+                    count,
+                    &partial,
+                )
             };
         }
     }
@@ -156,7 +166,7 @@ impl<T: Element> TaskStatistics<'_, T> {
             x: self.x,
             coefficients: &*strip,
         };
-        interleaved_sums(interleaved, channels, pixels, &mut sums, &shifted);
+        interleaved_sums(level, interleaved, channels, pixels, &mut sums, &shifted);
         for (at, _) in blocks(channels.len()) {
             let sum = sums.at(0, at);
             strip.set(MEAN, at, &lanes(|i| sum[i] / values));
@@ -170,7 +180,7 @@ impl<T: Element> TaskStatistics<'_, T> {
             },
             ahead: interleaved.ahead(pixels),
         };
-        interleaved_sums(interleaved, channels, pixels, &mut sums, &squares);
+        interleaved_sums(level, interleaved, channels, pixels, &mut sums, &squares);
         for (at, _) in blocks(channels.len()) {
             let squares = sums.at(0, at);
             let mut moments = [strip.at(MEAN, at), lanes(|i| squares[i] / values)];
@@ -202,10 +212,15 @@ fn finite_or_zero<P: Real>(value: P) -> P {
 
 /// (mean, variance) of the union, lane by lane.
 #[inline(always)]
-fn merge<P: Real>(weights: Weights<P>, first: &[Lanes<P>; 2], second: &[Lanes<P>; 2]) -> [Lanes<P>; 2] {
+fn merge<P: Real>(
+    weights: Weights<P>,
+    first: &[Lanes<P>; 2],
+    second: &[Lanes<P>; 2],
+) -> [Lanes<P>; 2] {
     let mut merged = [[P::ZERO; LANES]; 2];
     for i in 0..LANES {
-        (merged[0][i], merged[1][i]) = weights.merge((first[0][i], first[1][i]), (second[0][i], second[1][i]));
+        (merged[0][i], merged[1][i]) =
+            weights.merge((first[0][i], first[1][i]), (second[0][i], second[1][i]));
     }
     merged
 }
@@ -268,7 +283,10 @@ impl<T: Element> Kernel for FinishStatistics<'_, T> {
             if let Some(running) = self.running {
                 let values = self.geometry.values() as f64;
                 let unbiased = T::Param::from_f64(values / (values - 1.0));
-                let batch = [lanes(|i| pivots[i] + mean[i]), lanes(|i| variance[i] * unbiased)];
+                let batch = [
+                    lanes(|i| pivots[i] + mean[i]),
+                    lanes(|i| variance[i] * unbiased),
+                ];
                 // SAFETY: as above.
                 unsafe { running.update(level, channel, count, &batch) };
             }
@@ -291,7 +309,10 @@ impl<S: Level, P: Real> Tree for PartMoments<'_, S, P> {
     #[inline(always)]
     fn leaf(&self, part: usize) -> Self::Node {
         // SAFETY: all parts of these channels have been computed, and nothing writes them any more.
-        let moments = unsafe { self.partials.load(self.level, part, self.channel, self.count) };
+        let moments = unsafe {
+            self.partials
+                .load(self.level, part, self.channel, self.count)
+        };
         (moments, self.geometry.part_values(part) as u64)
     }
 
@@ -308,9 +329,17 @@ impl<P: Real> Running<'_, P> {
     /// # Safety
     /// The channels exist, and no other thread accesses their running statistics meanwhile.
     #[inline(always)]
-    unsafe fn update<S: Level>(&self, level: S, channel: usize, count: usize, batch: &[Lanes<P>; 2]) {
+    unsafe fn update<S: Level>(
+        &self,
+        level: S,
+        channel: usize,
+        count: usize,
+        batch: &[Lanes<P>; 2],
+    ) {
         let keep = P::ONE - self.factor;
-        let skip = |i: usize| self.skip_non_finite && !(batch[0][i].is_finite() && batch[1][i].is_finite());
+        let skip = |i: usize| {
+            self.skip_non_finite && !(batch[0][i].is_finite() && batch[1][i].is_finite())
+        };
         for (running, batch) in [self.mean, self.variance].into_iter().zip(batch) {
             // SAFETY: the caller's promise.
             unsafe {

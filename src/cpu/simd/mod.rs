@@ -1,8 +1,12 @@
 //! Instruction sets: which one this machine has, and the few operations that the compiler cannot find by itself.
 //!
-//! All arithmetic of the CPU backend is written over [`Lanes`], arrays of a fixed length that the compiler keeps in vector
-//! registers. Their length, and with it the order of every sum, is the same for all instruction sets, and multiplication
-//! and addition are fused only where `mul_add` says so. That is why all of them give the same bits.
+//! All arithmetic of the CPU backend is written over [`Lanes`], arrays of a fixed length. Their length, and with it the order
+//! of every sum, is the same for all instruction sets, and multiplication and addition are fused only where `mul_add` says
+//! so. That is why all of them give the same bits.
+//!
+//! What is done for every element goes through the methods of a [`Level`], which move whole vectors. Written as loops over
+//! the lanes ([`lanes`]) it would mean the same, and often become the same; but where full and partial blocks meet, the
+//! compiler tends to take vectors apart.
 //!
 //! x86-64 programs are compiled for machines of 2003, without fused multiply-add (`f32::mul_add` becomes a call into libm)
 //! and without conversion of half precision. So each kernel is compiled once per [`Level`] and [`Simd::run`] picks one. A
@@ -13,6 +17,9 @@ use std::any::Any;
 use half::{bf16, f16};
 
 use crate::element::{Element, Real};
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 /// Values processed together. 16 `f32` are one AVX-512 register, two of AVX2, four of SSE2 or NEON.
 pub(super) const LANES: usize = 16;
@@ -75,8 +82,44 @@ pub(super) trait Kernel {
     fn run<S: Level>(self, level: S) -> Self::Output;
 }
 
-/// An instruction set: what differs beyond the compiler's choice of registers.
+/// An instruction set.
 pub(super) trait Level: Copy {
+    /// Lane by lane, `a + b`.
+    #[inline(always)]
+    fn add<P: Real>(self, a: Lanes<P>, b: Lanes<P>) -> Lanes<P> {
+        lanes(|i| a[i] + b[i])
+    }
+
+    /// Lane by lane, `a - b`.
+    #[inline(always)]
+    fn sub<P: Real>(self, a: Lanes<P>, b: Lanes<P>) -> Lanes<P> {
+        lanes(|i| a[i] - b[i])
+    }
+
+    /// Lane by lane, `a * b`.
+    #[inline(always)]
+    fn mul<P: Real>(self, a: Lanes<P>, b: Lanes<P>) -> Lanes<P> {
+        lanes(|i| a[i] * b[i])
+    }
+
+    /// Lane by lane, `a * b + c`, rounded once.
+    #[inline(always)]
+    fn mul_add<P: Real>(self, a: Lanes<P>, b: Lanes<P>, c: Lanes<P>) -> Lanes<P> {
+        lanes(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    /// Lane by lane, 0 where `y <= 0`, else the value: so also where y is NaN.
+    #[inline(always)]
+    fn pass<P: Real>(self, values: Lanes<P>, y: Lanes<P>) -> Lanes<P> {
+        lanes(|i| if y[i] <= P::ZERO { P::ZERO } else { values[i] })
+    }
+
+    /// The first `count` lanes, the others zero. Fewer than [`LANES`].
+    #[inline(always)]
+    fn first<P: Real>(self, values: Lanes<P>, count: usize) -> Lanes<P> {
+        lanes(|i| if i < count { values[i] } else { P::ZERO })
+    }
+
     /// Converts exactly.
     fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32>;
 
@@ -162,6 +205,8 @@ pub(super) fn widen<S: Level, T: Element>(level: S, block: &[T; LANES]) -> Lanes
     // The casts compare types that are known when this is compiled, so that nothing of them is left in the program.
     if let Some(block) = block.downcast_ref::<[f16; LANES]>() {
         same_type(level.widen_f16(block))
+    } else if let Some(block) = block.downcast_ref::<Lanes<T::Param>>() {
+        *block
     } else if let Some(block) = block.downcast_ref::<[T; LANES]>() {
         lanes(|i| block[i].to_param())
     } else {
@@ -174,16 +219,19 @@ pub(super) fn widen<S: Level, T: Element>(level: S, block: &[T; LANES]) -> Lanes
 pub(super) fn narrow<S: Level, T: Element>(level: S, values: &Lanes<T::Param>) -> [T; LANES] {
     let values: &dyn Any = values;
     if T::DTYPE == crate::Dtype::F16 {
-        let values = values.downcast_ref::<Lanes<f32>>().expect("f16 is computed in f32");
+        let values = values
+            .downcast_ref::<Lanes<f32>>()
+            .expect("f16 is computed in f32");
         same_type(level.narrow_f16(values))
     } else if T::DTYPE == crate::Dtype::Bf16 {
-        let values = values.downcast_ref::<Lanes<f32>>().expect("bf16 is computed in f32");
+        let values = values
+            .downcast_ref::<Lanes<f32>>()
+            .expect("bf16 is computed in f32");
         same_type(values.map(bf16_from_f32))
     } else {
-        let values = values
-            .downcast_ref::<Lanes<T::Param>>()
-            .expect("values are of the parameter type");
-        values.map(T::from_param)
+        *values
+            .downcast_ref::<[T; LANES]>()
+            .expect("other elements are their own parameter type")
     }
 }
 
@@ -280,209 +328,6 @@ impl Simd {
             Simd::Avx2(level) => level.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Simd::Avx512(level) => level.run(kernel),
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    //! AVX2 and AVX-512.
-
-    use std::arch::x86_64::*;
-    use std::mem::transmute_copy;
-
-    use half::f16;
-
-    use super::{Kernel, LANES, Lanes, Level};
-    use crate::element::Element;
-
-    /// The mask of the first `count` lanes.
-    #[inline(always)]
-    fn first(count: usize) -> u16 {
-        debug_assert!(count < LANES);
-        !(u16::MAX << count)
-    }
-
-    /// AVX2 with fused multiply-add and conversion of half precision.
-    #[derive(Clone, Copy, Debug)]
-    pub(in crate::cpu) struct Avx2(());
-
-    /// AVX-512 with the extensions that all but the first machines have.
-    #[derive(Clone, Copy, Debug)]
-    pub(in crate::cpu) struct Avx512(());
-
-    impl Avx2 {
-        pub(super) fn detect() -> Option<Self> {
-            let present =
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            present.then_some(Self(()))
-        }
-
-        #[inline]
-        pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-            #[target_feature(enable = "avx2,fma,f16c")]
-            fn compiled_for_avx2<K: Kernel>(level: Avx2, kernel: K) -> K::Output {
-                kernel.run(level)
-            }
-            // SAFETY: a value of this type is made only where the machine has these instructions.
-            unsafe { compiled_for_avx2(self, kernel) }
-        }
-    }
-
-    impl Avx512 {
-        pub(super) fn detect() -> Option<Self> {
-            let present = Avx2::detect().is_some()
-                && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl");
-            present.then_some(Self(()))
-        }
-
-        #[inline]
-        pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-            fn compiled_for_avx512<K: Kernel>(level: Avx512, kernel: K) -> K::Output {
-                kernel.run(level)
-            }
-            // SAFETY: a value of this type is made only where the machine has these instructions.
-            unsafe { compiled_for_avx512(self, kernel) }
-        }
-    }
-
-    impl Level for Avx2 {
-        #[inline(always)]
-        fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32> {
-            // SAFETY: `self` proves AVX and F16C. Both halves of the block are read whole and need no alignment; two
-            // vectors of 8 f32 have the size and every bit pattern of the lanes.
-            unsafe {
-                let low = _mm_loadu_si128(block.as_ptr().cast());
-                let high = _mm_loadu_si128(block.as_ptr().add(LANES / 2).cast());
-                std::mem::transmute([_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)])
-            }
-        }
-
-        #[inline(always)]
-        fn narrow_f16(self, lanes: &Lanes<f32>) -> [f16; LANES] {
-            // SAFETY: as in `widen_f16`.
-            unsafe {
-                let low = _mm256_loadu_ps(lanes.as_ptr());
-                let high = _mm256_loadu_ps(lanes.as_ptr().add(LANES / 2));
-                const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
-                std::mem::transmute([_mm256_cvtps_ph::<NEAREST>(low), _mm256_cvtps_ph::<NEAREST>(high)])
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn stream<T: Copy>(self, to: *mut T, block: &[T; LANES]) {
-            for part in 0..size_of::<[T; LANES]>() / size_of::<__m256i>() {
-                // SAFETY: `self` proves AVX; the caller may write the block, which is a multiple of 32 bytes for every
-                // element, and its start is aligned to more.
-                unsafe {
-                    let value = _mm256_loadu_si256(block.as_ptr().cast::<__m256i>().add(part));
-                    _mm256_stream_si256(to.cast::<__m256i>().add(part), value);
-                }
-            }
-        }
-
-        #[inline(always)]
-        fn prefetch<T>(self, address: *const T) {
-            // SAFETY: every x86-64 machine has SSE; a prefetch of an address without memory does nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
-        }
-
-        #[inline(always)]
-        fn fence(self) {
-            // SAFETY: every x86-64 machine has SSE.
-            unsafe { _mm_sfence() };
-        }
-    }
-
-    impl Level for Avx512 {
-        #[inline(always)]
-        unsafe fn load_first<T: Element>(self, from: *const T, count: usize) -> [T; LANES] {
-            let mask = first(count);
-            // SAFETY: `self` proves AVX-512F, BW and VL; lanes that the mask leaves out are not read; the vectors have the
-            // size and, as numbers, every bit pattern of the block.
-            unsafe {
-                match size_of::<T>() {
-                    2 => transmute_copy(&_mm256_maskz_loadu_epi16(mask, from.cast())),
-                    4 => transmute_copy(&_mm512_maskz_loadu_epi32(mask, from.cast())),
-                    8 => transmute_copy(&[
-                        _mm512_maskz_loadu_epi64(mask as u8, from.cast()),
-                        _mm512_maskz_loadu_epi64((mask >> 8) as u8, from.wrapping_add(LANES / 2).cast()),
-                    ]),
-                    _ => unreachable!("elements have 2, 4 or 8 bytes"),
-                }
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn store_first<T: Element>(self, to: *mut T, block: &[T; LANES], count: usize) {
-            let mask = first(count);
-            // SAFETY: as in `load_first`, for writing.
-            unsafe {
-                match size_of::<T>() {
-                    2 => _mm256_mask_storeu_epi16(to.cast(), mask, transmute_copy(block)),
-                    4 => _mm512_mask_storeu_epi32(to.cast(), mask, transmute_copy(block)),
-                    8 => {
-                        let [low, high]: [__m512i; 2] = transmute_copy(block);
-                        _mm512_mask_storeu_epi64(to.cast(), mask as u8, low);
-                        _mm512_mask_storeu_epi64(to.wrapping_add(LANES / 2).cast(), (mask >> 8) as u8, high);
-                    }
-                    _ => unreachable!("elements have 2, 4 or 8 bytes"),
-                }
-            }
-        }
-
-        #[inline(always)]
-        fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32> {
-            // SAFETY: `self` proves AVX-512F. The block is read whole and needs no alignment; a vector of 16 f32 has the
-            // size and every bit pattern of the lanes.
-            unsafe {
-                let block = _mm256_loadu_si256(block.as_ptr().cast());
-                std::mem::transmute(_mm512_cvtph_ps(block))
-            }
-        }
-
-        #[inline(always)]
-        fn narrow_f16(self, lanes: &Lanes<f32>) -> [f16; LANES] {
-            // SAFETY: as in `widen_f16`.
-            unsafe {
-                let lanes = _mm512_loadu_ps(lanes.as_ptr());
-                std::mem::transmute(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(lanes))
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn stream<T: Copy>(self, to: *mut T, block: &[T; LANES]) {
-            let bytes = size_of::<[T; LANES]>();
-            for part in 0..bytes / size_of::<__m512i>() {
-                // SAFETY: `self` proves AVX-512F; the caller may write the block, whose start is aligned to 64 bytes.
-                unsafe {
-                    let value = _mm512_loadu_si512(block.as_ptr().cast::<__m512i>().add(part));
-                    _mm512_stream_si512(to.cast::<__m512i>().add(part), value);
-                }
-            }
-            if bytes < size_of::<__m512i>() {
-                // SAFETY: as above, for the half vector that a block of 2-byte elements is.
-                unsafe {
-                    let value = _mm256_loadu_si256(block.as_ptr().cast());
-                    _mm256_stream_si256(to.cast(), value);
-                }
-            }
-        }
-
-        #[inline(always)]
-        fn prefetch<T>(self, address: *const T) {
-            // SAFETY: every x86-64 machine has SSE; a prefetch of an address without memory does nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
-        }
-
-        #[inline(always)]
-        fn fence(self) {
-            // SAFETY: every x86-64 machine has SSE.
-            unsafe { _mm_sfence() };
         }
     }
 }

@@ -1,0 +1,322 @@
+//! AVX2 and AVX-512.
+
+use std::arch::x86_64::*;
+use std::mem::{transmute_copy, zeroed};
+
+use half::f16;
+
+use super::{Kernel, LANES, Lanes, Level};
+use crate::element::{Element, Real};
+
+/// A method of a [`Level`] that applies an intrinsic to each vector of its operands: `$single` to those of `f32`, `$double`
+/// to those of `f64`.
+macro_rules! lane_by_lane {
+    ($name:ident, $vector32:ty, $vector64:ty, $single:expr, $double:expr, $($operand:ident),+) => {
+        #[inline(always)]
+        fn $name<P: Real>(self, $($operand: Lanes<P>),+) -> Lanes<P> {
+            const SINGLES: usize = size_of::<Lanes<f32>>() / size_of::<$vector32>();
+            const DOUBLES: usize = size_of::<Lanes<f64>>() / size_of::<$vector64>();
+            // SAFETY: `self` proves the instructions. The parameter type is f32 or f64, which its size tells; its lanes have
+            // the size of the vectors that they are taken for, and every bit pattern is a number.
+            unsafe {
+                if size_of::<P>() == size_of::<f32>() {
+                    $(let $operand: [$vector32; SINGLES] = transmute_copy(&$operand);)+
+                    let mut result: [$vector32; SINGLES] = zeroed();
+                    for (vector, result) in result.iter_mut().enumerate() {
+                        *result = $single($($operand[vector]),+);
+                    }
+                    transmute_copy(&result)
+                } else {
+                    $(let $operand: [$vector64; DOUBLES] = transmute_copy(&$operand);)+
+                    let mut result: [$vector64; DOUBLES] = zeroed();
+                    for (vector, result) in result.iter_mut().enumerate() {
+                        *result = $double($($operand[vector]),+);
+                    }
+                    transmute_copy(&result)
+                }
+            }
+        }
+    };
+}
+
+/// The mask of the first `count` lanes.
+#[inline(always)]
+fn first(count: usize) -> u16 {
+    debug_assert!(count < LANES);
+    !(u16::MAX << count)
+}
+
+/// 0 where `y <= 0`, else the value.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn pass_256_ps(values: __m256, y: __m256) -> __m256 {
+    _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(y, _mm256_setzero_ps()), values)
+}
+
+/// 0 where `y <= 0`, else the value.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn pass_256_pd(values: __m256d, y: __m256d) -> __m256d {
+    _mm256_andnot_pd(_mm256_cmp_pd::<_CMP_LE_OQ>(y, _mm256_setzero_pd()), values)
+}
+
+/// 0 where `y <= 0`, else the value.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pass_512_ps(values: __m512, y: __m512) -> __m512 {
+    _mm512_maskz_mov_ps(
+        _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_ps()),
+        values,
+    )
+}
+
+/// 0 where `y <= 0`, else the value.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pass_512_pd(values: __m512d, y: __m512d) -> __m512d {
+    _mm512_maskz_mov_pd(
+        _mm512_cmp_pd_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_pd()),
+        values,
+    )
+}
+
+/// AVX2 with fused multiply-add and conversion of half precision.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::cpu) struct Avx2(());
+
+/// AVX-512 with the extensions that all but the first machines have.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::cpu) struct Avx512(());
+
+impl Avx2 {
+    pub(super) fn detect() -> Option<Self> {
+        let present = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        present.then_some(Self(()))
+    }
+
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn compiled_for_avx2<K: Kernel>(level: Avx2, kernel: K) -> K::Output {
+            kernel.run(level)
+        }
+        // SAFETY: a value of this type is made only where the machine has these instructions.
+        unsafe { compiled_for_avx2(self, kernel) }
+    }
+}
+
+impl Avx512 {
+    pub(super) fn detect() -> Option<Self> {
+        let present = Avx2::detect().is_some()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        present.then_some(Self(()))
+    }
+
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+        fn compiled_for_avx512<K: Kernel>(level: Avx512, kernel: K) -> K::Output {
+            kernel.run(level)
+        }
+        // SAFETY: a value of this type is made only where the machine has these instructions.
+        unsafe { compiled_for_avx512(self, kernel) }
+    }
+}
+
+impl Level for Avx2 {
+    lane_by_lane!(add, __m256, __m256d, _mm256_add_ps, _mm256_add_pd, a, b);
+    lane_by_lane!(sub, __m256, __m256d, _mm256_sub_ps, _mm256_sub_pd, a, b);
+    lane_by_lane!(mul, __m256, __m256d, _mm256_mul_ps, _mm256_mul_pd, a, b);
+    lane_by_lane!(
+        mul_add,
+        __m256,
+        __m256d,
+        _mm256_fmadd_ps,
+        _mm256_fmadd_pd,
+        a,
+        b,
+        c
+    );
+    lane_by_lane!(pass, __m256, __m256d, pass_256_ps, pass_256_pd, values, y);
+
+    #[inline(always)]
+    fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32> {
+        // SAFETY: `self` proves AVX and F16C. Both halves of the block are read whole and need no alignment; two
+        // vectors of 8 f32 have the size and every bit pattern of the lanes.
+        unsafe {
+            let low = _mm_loadu_si128(block.as_ptr().cast());
+            let high = _mm_loadu_si128(block.as_ptr().add(LANES / 2).cast());
+            std::mem::transmute([_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)])
+        }
+    }
+
+    #[inline(always)]
+    fn narrow_f16(self, lanes: &Lanes<f32>) -> [f16; LANES] {
+        // SAFETY: as in `widen_f16`.
+        unsafe {
+            let low = _mm256_loadu_ps(lanes.as_ptr());
+            let high = _mm256_loadu_ps(lanes.as_ptr().add(LANES / 2));
+            const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
+            std::mem::transmute([
+                _mm256_cvtps_ph::<NEAREST>(low),
+                _mm256_cvtps_ph::<NEAREST>(high),
+            ])
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn stream<T: Copy>(self, to: *mut T, block: &[T; LANES]) {
+        for part in 0..size_of::<[T; LANES]>() / size_of::<__m256i>() {
+            // SAFETY: `self` proves AVX; the caller may write the block, which is a multiple of 32 bytes for every
+            // element, and its start is aligned to more.
+            unsafe {
+                let value = _mm256_loadu_si256(block.as_ptr().cast::<__m256i>().add(part));
+                _mm256_stream_si256(to.cast::<__m256i>().add(part), value);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, address: *const T) {
+        // SAFETY: every x86-64 machine has SSE; a prefetch of an address without memory does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: every x86-64 machine has SSE.
+        unsafe { _mm_sfence() };
+    }
+}
+
+impl Level for Avx512 {
+    lane_by_lane!(add, __m512, __m512d, _mm512_add_ps, _mm512_add_pd, a, b);
+    lane_by_lane!(sub, __m512, __m512d, _mm512_sub_ps, _mm512_sub_pd, a, b);
+    lane_by_lane!(mul, __m512, __m512d, _mm512_mul_ps, _mm512_mul_pd, a, b);
+    lane_by_lane!(
+        mul_add,
+        __m512,
+        __m512d,
+        _mm512_fmadd_ps,
+        _mm512_fmadd_pd,
+        a,
+        b,
+        c
+    );
+    lane_by_lane!(pass, __m512, __m512d, pass_512_ps, pass_512_pd, values, y);
+
+    #[inline(always)]
+    fn first<P: Real>(self, values: Lanes<P>, count: usize) -> Lanes<P> {
+        let mask = first(count);
+        // SAFETY: as for the operations above.
+        unsafe {
+            if size_of::<P>() == size_of::<f32>() {
+                transmute_copy(&_mm512_maskz_mov_ps(mask, transmute_copy(&values)))
+            } else {
+                let [low, high]: [__m512d; 2] = transmute_copy(&values);
+                transmute_copy(&[
+                    _mm512_maskz_mov_pd(mask as u8, low),
+                    _mm512_maskz_mov_pd((mask >> 8) as u8, high),
+                ])
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first<T: Element>(self, from: *const T, count: usize) -> [T; LANES] {
+        let mask = first(count);
+        // SAFETY: `self` proves AVX-512F, BW and VL; lanes that the mask leaves out are not read; the vectors have the
+        // size and, as numbers, every bit pattern of the block.
+        unsafe {
+            match size_of::<T>() {
+                2 => transmute_copy(&_mm256_maskz_loadu_epi16(mask, from.cast())),
+                4 => transmute_copy(&_mm512_maskz_loadu_epi32(mask, from.cast())),
+                8 => transmute_copy(&[
+                    _mm512_maskz_loadu_epi64(mask as u8, from.cast()),
+                    _mm512_maskz_loadu_epi64(
+                        (mask >> 8) as u8,
+                        from.wrapping_add(LANES / 2).cast(),
+                    ),
+                ]),
+                _ => unreachable!("elements have 2, 4 or 8 bytes"),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_first<T: Element>(self, to: *mut T, block: &[T; LANES], count: usize) {
+        let mask = first(count);
+        // SAFETY: as in `load_first`, for writing.
+        unsafe {
+            match size_of::<T>() {
+                2 => _mm256_mask_storeu_epi16(to.cast(), mask, transmute_copy(block)),
+                4 => _mm512_mask_storeu_epi32(to.cast(), mask, transmute_copy(block)),
+                8 => {
+                    let [low, high]: [__m512i; 2] = transmute_copy(block);
+                    _mm512_mask_storeu_epi64(to.cast(), mask as u8, low);
+                    _mm512_mask_storeu_epi64(
+                        to.wrapping_add(LANES / 2).cast(),
+                        (mask >> 8) as u8,
+                        high,
+                    );
+                }
+                _ => unreachable!("elements have 2, 4 or 8 bytes"),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32> {
+        // SAFETY: `self` proves AVX-512F. The block is read whole and needs no alignment; a vector of 16 f32 has the
+        // size and every bit pattern of the lanes.
+        unsafe {
+            let block = _mm256_loadu_si256(block.as_ptr().cast());
+            std::mem::transmute(_mm512_cvtph_ps(block))
+        }
+    }
+
+    #[inline(always)]
+    fn narrow_f16(self, lanes: &Lanes<f32>) -> [f16; LANES] {
+        // SAFETY: as in `widen_f16`.
+        unsafe {
+            let lanes = _mm512_loadu_ps(lanes.as_ptr());
+            std::mem::transmute(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(lanes))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn stream<T: Copy>(self, to: *mut T, block: &[T; LANES]) {
+        let bytes = size_of::<[T; LANES]>();
+        for part in 0..bytes / size_of::<__m512i>() {
+            // SAFETY: `self` proves AVX-512F; the caller may write the block, whose start is aligned to 64 bytes.
+            unsafe {
+                let value = _mm512_loadu_si512(block.as_ptr().cast::<__m512i>().add(part));
+                _mm512_stream_si512(to.cast::<__m512i>().add(part), value);
+            }
+        }
+        if bytes < size_of::<__m512i>() {
+            // SAFETY: as above, for the half vector that a block of 2-byte elements is.
+            unsafe {
+                let value = _mm256_loadu_si256(block.as_ptr().cast());
+                _mm256_stream_si256(to.cast(), value);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, address: *const T) {
+        // SAFETY: every x86-64 machine has SSE; a prefetch of an address without memory does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: every x86-64 machine has SSE.
+        unsafe { _mm_sfence() };
+    }
+}
