@@ -590,8 +590,6 @@ fn a_refused_call_does_not_spoil_the_next() {
 /// What only a CUDA device can be given. (What a machine may lack has a file of its own.)
 #[cfg(target_os = "linux")]
 mod cuda {
-    use std::process::Command;
-
     use batchnorm_cuda::cudarc::driver::CudaContext;
     use batchnorm_cuda::{Backend, Cuda};
 
@@ -705,31 +703,10 @@ mod cuda {
         });
     }
 
-    /// Runs a scenario in a process of its own, with the stand-in driver: a limit on memory holds for all who share a device.
-    #[track_caller]
-    fn alone(test: &str, scenario: impl FnOnce()) {
-        const ALONE: &str = "BATCHNORM_TEST_ALONE";
-        if std::env::var_os(ALONE).is_some_and(|name| name == test) {
-            return scenario();
-        }
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture"])
-            .env(ALONE, test)
-            .env("BATCHNORM_TEST_STAND_IN", "1")
-            .output()
-            .unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let (out, err) = (text(&output.stdout), text(&output.stderr));
-        assert!(
-            output.status.success() && out.contains("1 passed"),
-            "{test}:\n{out}\n{err}"
-        );
-    }
-
     /// Wherever the memory ends, the module is what it was.
     #[test]
     fn out_of_memory() {
-        alone("cuda::out_of_memory", || {
+        common::alone("cuda::out_of_memory", || {
             const CHANNELS: usize = 1 << 20;
             let device = common::cuda();
             let context = device.stream().context().cu_ctx();

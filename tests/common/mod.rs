@@ -6,12 +6,14 @@
 
 use batchnorm_cuda::{Element, Shape};
 
+mod alone;
 mod case;
 mod device;
 pub mod golden;
 mod random;
 mod reference;
 
+pub use alone::alone;
 pub use case::{
     Case, Form, Gradient, Outcome, assert_same, assert_same_bits, by_channel, channel_indices, element, run, run_as,
     wide,
