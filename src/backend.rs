@@ -39,6 +39,20 @@ pub trait Backend: Sealed + Clone + std::fmt::Debug + Send + Sync + Sized + 'sta
     /// The driver's errors.
     fn to_vec<T: Plain>(&self, from: Self::View<'_, T>) -> Result<Vec<T>>;
 
+    /// Copies a whole buffer to the host, and waits for it.
+    ///
+    /// # Errors
+    /// The driver's errors.
+    fn read<T: Plain>(&self, buffer: &Self::Buffer<T>) -> Result<Vec<T>> {
+        self.to_vec(buffer.view())
+    }
+
+    /// Waits until everything that was asked of the device is done.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost) if a kernel failed; the driver's.
+    fn synchronize(&self) -> Result<()>;
+
     /// Copies `from` over `to`, of the same length, on the device.
     ///
     /// # Errors
@@ -80,12 +94,12 @@ pub trait Backend: Sealed + Clone + std::fmt::Debug + Send + Sync + Sized + 'sta
     #[doc(hidden)]
     fn prepare<T: Element>(&self, shape: Shape, epilogue: Epilogue) -> Result<Self::Workspace<T>>;
 
-    /// Compiles and loads what evaluation of a shape by running statistics needs.
+    /// Compiles and loads what evaluation of a shape by running statistics needs, forward or backward.
     ///
     /// # Errors
     /// [`Error::Compile`](crate::Error::Compile) and the driver's.
     #[doc(hidden)]
-    fn prepare_evaluation<T: Element>(&self, shape: Shape, epilogue: Epilogue) -> Result<()>;
+    fn prepare_evaluation<T: Element>(&self, shape: Shape, epilogue: Epilogue, backward: bool) -> Result<()>;
 
     /// Normalises. The shape is not empty.
     ///

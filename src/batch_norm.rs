@@ -106,7 +106,11 @@ impl<B: Backend, T: Element> Saved<B, T> {
             return mismatch("device", format!("{:?}", self.backend), format!("{backend:?}"));
         }
         if self.shape.channels != channels {
-            return mismatch("shape", self.shape.to_string(), format!("{channels} channels"));
+            return mismatch(
+                "shape",
+                self.shape.to_string(),
+                format!("a module of {channels} channels"),
+            );
         }
         if self.epilogue != epilogue {
             return mismatch("epilogue", self.epilogue.to_string(), epilogue.to_string());
@@ -272,7 +276,17 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
     /// As [`BatchNorm2d::prepare`].
     pub fn prepare_eval<T: Element<Param = P>>(&self, shape: Shape, epilogue: Epilogue) -> Result<()> {
         self.check_shape(shape)?;
-        self.backend.prepare_evaluation::<T>(shape, epilogue)
+        self.backend.prepare_evaluation::<T>(shape, epilogue, false)
+    }
+
+    /// Compiles and loads what [`BatchNorm2d::backward_eval_with`] needs for all gradients of `shape`. Without it the first
+    /// such pass does.
+    ///
+    /// # Errors
+    /// As [`BatchNorm2d::prepare`].
+    pub fn prepare_backward_eval<T: Element<Param = P>>(&self, shape: Shape, epilogue: Epilogue) -> Result<()> {
+        self.check_shape(shape)?;
+        self.backend.prepare_evaluation::<T>(shape, epilogue, true)
     }
 
     /// Zeros for the gradients at weight and bias. Allocates.

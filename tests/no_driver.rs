@@ -18,7 +18,10 @@ const VERDICT: &str = "CUDA on this machine:";
 /// Where this file is among the libraries, the stand-in's driver that is found there gets a device.
 const ONE_DEVICE: &str = "one-device";
 
-/// Gives the stand-in's driver a device without attributes, if a test asks for that.
+/// Attributes of that device, by the numbers of `CUdevice_attribute`: 9.0.
+const COMPUTE_CAPABILITY: [[c_int; 2]; 2] = [[75, 9], [76, 0]];
+
+/// Gives the stand-in's driver a device, if a test asks for that.
 fn add_device_if_asked() {
     type AddDevice = unsafe extern "C" fn(*const c_char, usize, *const [c_int; 2], usize);
     let Some(folder) = std::env::var_os("LD_LIBRARY_PATH") else {
@@ -27,12 +30,17 @@ fn add_device_if_asked() {
     let Ok(path) = fs::canonicalize(std::path::Path::new(&folder).join(ONE_DEVICE)) else {
         return;
     };
-    // SAFETY: the file is the stand-in's driver, whose function copies the name and reads no attributes where there are
-    // none. The library stays loaded.
+    // SAFETY: the file is the stand-in's driver, whose function copies the name and as many attributes as it is told of. The
+    // library stays loaded.
     unsafe {
         let driver = Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL).expect("the stand-in's driver");
         let add_device = driver.get::<AddDevice>(b"stand_in_add_device").expect("its function");
-        add_device(c"a device".as_ptr(), 1 << 20, std::ptr::null(), 0);
+        add_device(
+            c"a device".as_ptr(),
+            1 << 20,
+            COMPUTE_CAPABILITY.as_ptr(),
+            COMPUTE_CAPABILITY.len(),
+        );
         std::mem::forget(driver);
     }
 }

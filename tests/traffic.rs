@@ -267,6 +267,7 @@ fn passes_allocate_nothing_copy_nothing_and_do_not_wait() {
     let mut bn = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(6).momentum(None)).unwrap();
     let mut saved = bn.prepare::<f32>(shape).unwrap();
     bn.prepare_eval::<f32>(shape, Epilogue::Identity).unwrap();
+    bn.prepare_backward_eval::<f32>(shape, Epilogue::Identity).unwrap();
     let mut gradients = bn.gradients().unwrap();
 
     let before = emulator::thread_calls();
@@ -275,10 +276,14 @@ fn passes_allocate_nothing_copy_nothing_and_do_not_wait() {
         .unwrap();
     bn.forward_eval(shape, &tensors.x, &mut tensors.y).unwrap();
     bn.forward_eval_in_place(shape, &mut tensors.x).unwrap();
+    let backward = Backward::new(&tensors.x, &tensors.z)
+        .dx(&mut tensors.dx)
+        .parameters(&mut gradients);
+    bn.backward_eval_with(backward, &mut saved).unwrap();
     let after = emulator::thread_calls();
 
     let expected = emulator::Calls {
-        launches: before.launches + 6,
+        launches: before.launches + 7,
         ..before
     };
     assert_eq!(after, expected);

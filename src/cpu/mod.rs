@@ -99,6 +99,10 @@ impl Backend for Cpu {
         Ok(from.to_vec())
     }
 
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn copy<T: Plain>(&self, from: &[T], to: &mut [T]) -> Result<()> {
         to.copy_from_slice(from);
         Ok(())
@@ -132,7 +136,7 @@ impl Backend for Cpu {
         Ok(Workspace::new(shape))
     }
 
-    fn prepare_evaluation<T: Element>(&self, _shape: Shape, _epilogue: Epilogue) -> Result<()> {
+    fn prepare_evaluation<T: Element>(&self, _shape: Shape, _epilogue: Epilogue, _backward: bool) -> Result<()> {
         Ok(())
     }
 
@@ -152,6 +156,5 @@ impl Backend for Cpu {
 fn streams<T: Element>(geometry: &Geometry) -> bool {
     const CACHED: usize = 4 << 20;
     const LONG: usize = 1 << 10;
-    geometry.channels() * geometry.values() * size_of::<T>() > CACHED
-        && geometry.row_len() * size_of::<T>() >= LONG
+    geometry.channels() * geometry.values() * size_of::<T>() > CACHED && geometry.row_len() * size_of::<T>() >= LONG
 }

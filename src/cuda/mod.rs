@@ -102,16 +102,6 @@ impl Cuda {
         self.device.report()
     }
 
-    /// Waits until everything on the stream is done.
-    ///
-    /// # Errors
-    /// [`Error::DeviceLost`] if a kernel failed; the driver's.
-    pub fn synchronize(&self) -> Result<()> {
-        self.stream
-            .synchronize()
-            .map_err(|error| driver_error("waiting for the stream", error))
-    }
-
     fn allocate<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Result<CudaSlice<T>> {
         // The driver allocates no empty memory, so an empty buffer owns a place for one element that it does not show.
         let allocated = len.max(1);
@@ -216,6 +206,12 @@ impl Backend for Cuda {
         Ok(values)
     }
 
+    fn synchronize(&self) -> Result<()> {
+        self.stream
+            .synchronize()
+            .map_err(|error| driver_error("waiting for the stream", error))
+    }
+
     fn copy<T: Plain>(&self, from: CudaView<'_, T>, mut to: CudaViewMut<'_, T>) -> Result<()> {
         self.stream
             .memcpy_dtod(&from, &mut to)
@@ -256,8 +252,13 @@ impl Backend for Cuda {
         Ok(workspace)
     }
 
-    fn prepare_evaluation<T: Element>(&self, shape: Shape, epilogue: Epilogue) -> Result<()> {
-        self.prepare_operation::<T>(Operation::Eval, shape, epilogue)
+    fn prepare_evaluation<T: Element>(&self, shape: Shape, epilogue: Epilogue, backward: bool) -> Result<()> {
+        let operation = if backward {
+            Operation::BackwardEval
+        } else {
+            Operation::Eval
+        };
+        self.prepare_operation::<T>(operation, shape, epilogue)
     }
 
     fn forward<T: Element>(&self, pass: ForwardPass<'_, '_, Self, T>) -> Result<()> {

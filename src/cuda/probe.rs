@@ -3,12 +3,12 @@
 //! `cudarc` loads its libraries at the first call and panics where it finds none, so they are looked for here first. Once
 //! found they stay loaded, and `cudarc` gets the same ones.
 
-use std::ffi::{c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::sync::OnceLock;
 
 use libloading::Library;
 
-use crate::error::Unavailable;
+use crate::error::{OLDEST_ARCHITECTURE, Unavailable};
 
 /// The driver's library, as `cudarc` looks for it.
 #[cfg(windows)]
@@ -22,7 +22,7 @@ const NVRTC: &[&str] = &["nvrtc64_130_0.dll", "nvrtc64_12.dll"];
 #[cfg(not(windows))]
 const NVRTC: &[&str] = &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"];
 
-/// Whether [`Cuda`](crate::Cuda) can be used here: a driver, at least one device, and an NVRTC that fits.
+/// Whether [`Cuda`](crate::Cuda) can be used here: a driver, a device that is new enough, and an NVRTC that fits.
 ///
 /// ```
 /// match batchnorm_cuda::cuda::is_available() {
@@ -35,19 +35,25 @@ const NVRTC: &[&str] = &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"];
 /// What is missing.
 pub fn is_available() -> Result<(), Unavailable> {
     let driver = Driver::load()?;
-    if driver.device_count()? == 0 {
-        return Err(Unavailable::NoDevice);
+    let verdicts: Vec<_> = (0..driver.device_count()?)
+        .map(|ordinal| driver.check_age(ordinal))
+        .collect();
+    if !verdicts.iter().any(Result::is_ok) {
+        return verdicts.into_iter().next().unwrap_or(Err(Unavailable::NoDevice));
     }
     check_nvrtc(&driver)
 }
 
 /// Whether the device with this ordinal is there, and everything it needs.
 pub(super) fn check_device(ordinal: usize) -> Result<(), Unavailable> {
-    let count = Driver::load()?.device_count()?;
-    match count {
+    let driver = Driver::load()?;
+    match driver.device_count()? {
         0 => Err(Unavailable::NoDevice),
         count if ordinal >= count => Err(Unavailable::NoSuchDevice { ordinal, count }),
-        _ => is_available(),
+        _ => {
+            driver.check_age(ordinal)?;
+            check_nvrtc(&driver)
+        }
     }
 }
 
@@ -106,6 +112,40 @@ impl Driver {
 
     fn device_count(&self) -> Result<usize, Unavailable> {
         self.number("cuDeviceGetCount").map(|count| count as usize)
+    }
+
+    /// Refuses a device that the kernels are not compiled for.
+    fn check_age(&self, ordinal: usize) -> Result<(), Unavailable> {
+        const MAJOR: c_int = 75;
+        const MINOR: c_int = 76;
+        type DeviceGet = unsafe extern "C" fn(*mut c_int, c_int) -> c_uint;
+        type DeviceGetAttribute = unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_uint;
+        type DeviceGetName = unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_uint;
+        let mut device: c_int = 0;
+        self.call("cuDeviceGet", |get: DeviceGet| {
+            // SAFETY: the pointer is valid for a write.
+            unsafe { get(&mut device, ordinal as c_int) }
+        })?;
+        let attribute = |attribute| {
+            let mut value: c_int = 0;
+            self.call("cuDeviceGetAttribute", |get: DeviceGetAttribute| {
+                // SAFETY: the pointer is valid for a write; the driver has just named the device.
+                unsafe { get(&mut value, attribute, device) }
+            })?;
+            Ok(value as u32)
+        };
+        let architecture = attribute(MAJOR)? * 10 + attribute(MINOR)?;
+        if architecture >= OLDEST_ARCHITECTURE {
+            return Ok(());
+        }
+        let mut name: [c_char; 256] = [0; 256];
+        self.call("cuDeviceGetName", |get: DeviceGetName| {
+            // SAFETY: the buffer has the length that is passed; the last byte stays zero.
+            unsafe { get(name.as_mut_ptr(), name.len() as c_int - 1, device) }
+        })?;
+        // SAFETY: the buffer ends with a zero byte at the latest.
+        let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+        Err(Unavailable::DeviceTooOld { name, architecture })
     }
 
     /// The CUDA version the driver supports.

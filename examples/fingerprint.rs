@@ -1,0 +1,160 @@
+//! Runs every kernel on fixed inputs and prints a hash of each result, so that two machines can be compared bit for bit:
+//! above all a GPU with the stand-in driver.
+//!
+//!     cargo run --release --example fingerprint -- --stand-in h200 > stand-in.json
+//!     cargo run --release --example fingerprint > gpu.json          # on a machine with an H200
+//!
+//! Equal devices make equal plans, so every line must be equal. The shapes reach every walk of `kernels/tensor.cuh`, one and
+//! several splits, and every element type and epilogue.
+
+use std::process::ExitCode;
+
+use batchnorm_cuda::cuda::DiskCache;
+use batchnorm_cuda::cudarc::driver::CudaContext;
+use batchnorm_cuda::half::{bf16, f16};
+use batchnorm_cuda::{
+    AsTensor, Backend, Backward, BatchNorm2d, BatchNorm2dConfig, Cuda, Dtype, Element, Epilogue, Forward, Plain, Real,
+    Result, Shape,
+};
+use clap::Parser;
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+/// Prints a hash of every result of every kernel on fixed inputs.
+#[derive(Parser)]
+struct Arguments {
+    /// Use the stand-in driver, with this device profile.
+    #[arg(long)]
+    stand_in: Option<String>,
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().device().and_then(|cuda| fingerprints(&cuda)) {
+        Ok(fingerprints) => {
+            println!("{fingerprints:#}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("fingerprint: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Arguments {
+    fn device(&self) -> Result<Cuda> {
+        let Some(profile) = &self.stand_in else {
+            return Cuda::new(0);
+        };
+        emulator::install();
+        let context = CudaContext::new(emulator::ordinal(profile)).expect("the stand-in's device");
+        // Kernels of the stand-in have no business among those of the user.
+        Cuda::with_cache(context.default_stream(), DiskCache::Off)
+    }
+}
+
+const SHAPES: [Shape; 7] = [
+    Shape::nchw(4, 3, 8, 16),                    // planes
+    Shape::nchw(3, 2, 9, 13),                    // planes with edges
+    Shape::nchw(6, 16, 7, 7),                    // columns of planes
+    Shape::nchw(4, 40, 6, 5).channels_last(),    // columns of pixels
+    Shape::nchw(5, 3, 4, 3).channels_last(),     // one element at a time
+    Shape::nchw(40, 2, 32, 32),                  // planes in several splits
+    Shape::nchw(24, 24, 16, 16).channels_last(), // columns in several splits
+];
+
+fn fingerprints(cuda: &Cuda) -> Result<Value> {
+    let mut cases = Map::new();
+    for shape in SHAPES {
+        for epilogue in Epilogue::ALL {
+            for dtype in Dtype::ALL {
+                let hashes = match dtype {
+                    Dtype::F16 => hashes::<f16>(cuda, shape, epilogue),
+                    Dtype::Bf16 => hashes::<bf16>(cuda, shape, epilogue),
+                    Dtype::F32 => hashes::<f32>(cuda, shape, epilogue),
+                    Dtype::F64 => hashes::<f64>(cuda, shape, epilogue),
+                }?;
+                cases.insert(format!("{shape} {dtype} {epilogue}"), hashes);
+            }
+        }
+    }
+    Ok(json!({ "device": cuda.limits().name, "cases": cases }))
+}
+
+/// Numbers between -4 and 4 that no two tensors share.
+fn values<T: Element>(len: usize, seed: usize) -> Vec<T> {
+    (0..len)
+        .map(|i| {
+            T::from_param(T::Param::from_f64(
+                (i * 7919 + seed * 104_729) as f64 * 0.618 % 8.0 - 4.0,
+            ))
+        })
+        .collect()
+}
+
+fn hashes<T: Element>(cuda: &Cuda, shape: Shape, epilogue: Epilogue) -> Result<Value> {
+    let len = shape.len()?;
+    let mut bn: BatchNorm2d<Cuda, T::Param> = BatchNorm2d::new(cuda, BatchNorm2dConfig::new(shape.channels))?;
+    let mut saved = bn.prepare_fused::<T>(shape, epilogue)?;
+    let mut gradients = bn.gradients()?;
+    let [x, z, dy] = [1, 2, 3].map(|seed| cuda.upload(&values::<T>(len, seed)));
+    let (x, z, dy) = (x?, z?, dy?);
+    let mut buffers = (0..5).map(|_| cuda.zeros::<T>(len)).collect::<Result<Vec<_>>>()?;
+    let [y, evaluated, dx, dz, dx_evaluated] = &mut buffers[..] else {
+        unreachable!("five buffers were made");
+    };
+
+    let forward = Forward::new(&x, y);
+    bn.forward_train_with(with_epilogue(forward, &z, epilogue), &mut saved)?;
+    bn.forward_eval_with(shape, with_epilogue(Forward::new(&x, evaluated), &z, epilogue))?;
+    let backward = Backward::new(&x, &dy).dx(dx).parameters(&mut gradients);
+    let backward = match epilogue {
+        Epilogue::Identity => backward,
+        Epilogue::Relu => backward.relu(),
+        Epilogue::AddRelu => backward.add_relu(y).dz(dz)?,
+    };
+    bn.backward_with(backward, &mut saved)?;
+    let backward = Backward::new(&x, &dy)
+        .dx(dx_evaluated)
+        .accumulate_parameters(&mut gradients);
+    let backward = match epilogue {
+        Epilogue::Identity => backward,
+        Epilogue::Relu => backward.relu(),
+        Epilogue::AddRelu => backward.add_relu(evaluated),
+    };
+    bn.backward_eval_with(backward, &mut saved)?;
+
+    let (mean, variance) = bn.running_mean().zip(bn.running_var()).expect("they are tracked");
+    Ok(json!({
+        "y": hash(cuda, y)?,
+        "evaluated": hash(cuda, evaluated)?,
+        "dx": hash(cuda, dx)?,
+        "dz": hash(cuda, dz)?,
+        "dx_evaluated": hash(cuda, dx_evaluated)?,
+        "running_mean": hash(cuda, mean)?,
+        "running_var": hash(cuda, variance)?,
+        "dweight": hash(cuda, &gradients.weight)?,
+        "dbias": hash(cuda, &gradients.bias)?,
+    }))
+}
+
+fn with_epilogue<'a, T: Element>(
+    forward: Forward<'a, Cuda, T>,
+    z: &'a impl AsTensor<Cuda, T>,
+    epilogue: Epilogue,
+) -> Forward<'a, Cuda, T> {
+    match epilogue {
+        Epilogue::Identity => forward,
+        Epilogue::Relu => forward.relu(),
+        Epilogue::AddRelu => forward.add_relu(z),
+    }
+}
+
+/// SHA-256 of the numbers as they print, which tells every bit pattern but those of NaN from every other.
+fn hash<T: Plain>(cuda: &Cuda, buffer: &impl AsTensor<Cuda, T>) -> Result<String> {
+    let mut hash = Sha256::new();
+    for value in cuda.to_vec(buffer.view())? {
+        hash.update(format!("{value:?} "));
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
