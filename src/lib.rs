@@ -127,9 +127,9 @@
 //!
 //! [`BatchNorm2d::new`], [`BatchNorm2d::prepare`] and [`BatchNorm2d::gradients`] allocate, as do the methods that say
 //! so. Passes over a prepared shape do not allocate, do not wait for the device and copy nothing to the host. (Two
-//! exceptions: operands at addresses that are no multiples of 16 bytes, and backward passes in evaluation, may compile a
-//! kernel at their first use; the gradients of an empty batch allocate.) [`BatchNorm2d::prepare_eval`] does for
-//! evaluation what `prepare` does for training; without it the first evaluation of a shape compiles.
+//! exceptions: operands at addresses that are no multiples of 16 bytes may compile a kernel at their first use, and the
+//! gradients of an empty batch allocate.) [`BatchNorm2d::prepare_eval`] and [`BatchNorm2d::prepare_backward_eval`] do for
+//! evaluation what `prepare` does for training; without them the first such pass of a shape compiles.
 //!
 //! # CUDA graphs
 //!

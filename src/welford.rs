@@ -49,8 +49,7 @@ impl<P: Real> Welford<P> {
             return self;
         }
         let weights = Weights::new(self.count, other.count);
-        let (mean, variance) =
-            weights.merge((self.mean, self.variance), (other.mean, other.variance));
+        let (mean, variance) = weights.merge((self.mean, self.variance), (other.mean, other.variance));
         Self {
             count: self.count + other.count,
             mean,
@@ -89,9 +88,7 @@ impl<P: Real> Weights<P> {
             first.0 + second.0
         };
         // Each factor is shrunk before they are multiplied: delta² alone may overflow.
-        let variance = first.1 * self.first
-            + second.1 * self.second
-            + (delta * self.first) * (delta * self.second);
+        let variance = first.1 * self.first + second.1 * self.second + (delta * self.first) * (delta * self.second);
         (mean, variance)
     }
 }
@@ -103,10 +100,7 @@ mod tests {
     /// The two passes over a slice, in order.
     fn push<P: Real>(state: Welford<P>, values: &[P]) -> Welford<P> {
         let mean = values.iter().copied().sum::<P>() / P::from_f64(values.len() as f64);
-        let squares = values
-            .iter()
-            .map(|&value| (value - mean) * (value - mean))
-            .sum();
+        let squares = values.iter().map(|&value| (value - mean) * (value - mean)).sum();
         state.push_chunk(values.len() as u64, mean, squares)
     }
 
@@ -117,19 +111,14 @@ mod tests {
     fn reference(values: &[f64]) -> (f64, f64) {
         let n = values.len() as f64;
         let mean = values.iter().sum::<f64>() / n;
-        (
-            mean,
-            values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n,
-        )
+        (mean, values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n)
     }
 
     /// Numbers without a pattern, in [-1, 1).
     fn noise(len: usize) -> Vec<f64> {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         std::iter::repeat_with(|| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
         })
         .take(len)
@@ -154,12 +143,8 @@ mod tests {
 
     #[test]
     fn a_single_precision_state_stays_within_its_precision_of_the_truth() {
-        let narrow: Vec<f32> = noise(1 << 16)
-            .into_iter()
-            .map(|value| value as f32)
-            .collect();
-        let (mean, variance) =
-            reference(&narrow.iter().map(|&value| value.into()).collect::<Vec<_>>());
+        let narrow: Vec<f32> = noise(1 << 16).into_iter().map(|value| value as f32).collect();
+        let (mean, variance) = reference(&narrow.iter().map(|&value| value.into()).collect::<Vec<_>>());
         let state = of_chunks(&narrow, 64);
         assert!((f64::from(state.mean) - mean).abs() < 1e-7);
         assert!((f64::from(state.variance) / variance - 1.0).abs() < 6e-7);
@@ -193,43 +178,31 @@ mod tests {
         for infinity in [f32::INFINITY, f32::NEG_INFINITY] {
             let infinite = push(Welford::EMPTY, &[1.0, infinity]);
             let finite = push(Welford::EMPTY, &[1.0, 2.0, 3.0]);
-            for state in [
-                infinite.merge(finite),
-                finite.merge(infinite),
-                infinite.merge(infinite),
-            ] {
+            for state in [infinite.merge(finite), finite.merge(infinite), infinite.merge(infinite)] {
                 assert_eq!(state.mean, infinity);
                 assert!(state.variance.is_nan());
             }
         }
-        let opposite = push(Welford::EMPTY, &[f32::INFINITY])
-            .merge(push(Welford::EMPTY, &[f32::NEG_INFINITY]));
+        let opposite = push(Welford::EMPTY, &[f32::INFINITY]).merge(push(Welford::EMPTY, &[f32::NEG_INFINITY]));
         assert!(opposite.mean.is_nan());
     }
 
     #[test]
     fn a_nan_spoils_mean_and_variance() {
-        let spoilt =
-            push(push(Welford::EMPTY, &[1.0f32]), &[f32::NAN]).merge(push(Welford::EMPTY, &[2.0]));
+        let spoilt = push(push(Welford::EMPTY, &[1.0f32]), &[f32::NAN]).merge(push(Welford::EMPTY, &[2.0]));
         assert!(spoilt.mean.is_nan() && spoilt.variance.is_nan());
     }
 
     #[test]
     fn nothing_overflows_while_the_variance_fits_the_type() {
         // 1e17 squared is 1e34; the sum of more than 34000 of them would be beyond f32.
-        let values: Vec<f32> = (0..100_000)
-            .map(|i| if i % 2 == 0 { 1e17 } else { -1e17 })
-            .collect();
+        let values: Vec<f32> = (0..100_000).map(|i| if i % 2 == 0 { 1e17 } else { -1e17 }).collect();
         let state = values
             .chunks(1000)
             .map(|chunk| push(Welford::EMPTY, chunk))
             .fold(Welford::EMPTY, Welford::merge);
         assert!(state.mean.abs() < 1e11);
-        assert!(
-            (state.variance / 1e34 - 1.0).abs() < 1e-4,
-            "{}",
-            state.variance
-        );
+        assert!((state.variance / 1e34 - 1.0).abs() < 1e-4, "{}", state.variance);
 
         let apart = Welford {
             count: 1,

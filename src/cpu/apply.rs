@@ -32,12 +32,7 @@ pub(super) trait Epilogue<T: Element>: Copy + Send + Sync {
     ///
     /// # Safety
     /// The block is inside the tensors, and no thread writes to what is read.
-    unsafe fn finish<S: Level>(
-        self,
-        level: S,
-        block: Block,
-        value: Lanes<T::Param>,
-    ) -> Lanes<T::Param>;
+    unsafe fn finish<S: Level>(self, level: S, block: Block, value: Lanes<T::Param>) -> Lanes<T::Param>;
 }
 
 /// Nothing.
@@ -56,36 +51,21 @@ pub(super) struct AddRelu<'a, T> {
 
 impl<T: Element> Epilogue<T> for Identity {
     #[inline(always)]
-    unsafe fn finish<S: Level>(
-        self,
-        _level: S,
-        _block: Block,
-        value: Lanes<T::Param>,
-    ) -> Lanes<T::Param> {
+    unsafe fn finish<S: Level>(self, _level: S, _block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
         value
     }
 }
 
 impl<T: Element> Epilogue<T> for Relu {
     #[inline(always)]
-    unsafe fn finish<S: Level>(
-        self,
-        level: S,
-        _block: Block,
-        value: Lanes<T::Param>,
-    ) -> Lanes<T::Param> {
+    unsafe fn finish<S: Level>(self, level: S, _block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
         level.pass(value, value)
     }
 }
 
 impl<T: Element> Epilogue<T> for AddRelu<'_, T> {
     #[inline(always)]
-    unsafe fn finish<S: Level>(
-        self,
-        level: S,
-        block: Block,
-        value: Lanes<T::Param>,
-    ) -> Lanes<T::Param> {
+    unsafe fn finish<S: Level>(self, level: S, block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
         // SAFETY: the caller's promise.
         let z = unsafe { self.z.load(level, block.at, block.count) };
         let sum = level.add(value, z);
@@ -113,10 +93,7 @@ impl<T: Element, E: Epilogue<T>> Kernel for Apply<'_, T, E> {
     fn run<S: Level>(self, level: S) {
         let mut table = Table::<_, NORMALISATION>::new();
         // SAFETY: what the channels are normalised by is complete before any of their elements is computed.
-        unsafe {
-            self.normalisation
-                .fill(level, &self.task.channels, &mut table)
-        };
+        unsafe { self.normalisation.fill(level, &self.task.channels, &mut table) };
         let visitor = ApplyBlock {
             level,
             elements: self.elements,

@@ -153,10 +153,7 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
                 for (at, count) in blocks(channels.len()) {
                     let total = [total.at(0, at), total.at(1, at)];
                     // SAFETY: no other task has these channels and this part.
-                    unsafe {
-                        self.partials
-                            .store(level, part, channels.start + at, count, &total)
-                    };
+                    unsafe { self.partials.store(level, part, channels.start + at, count, &total) };
                 }
             }
         }
@@ -258,10 +255,7 @@ impl<S: Level, P: Real> Tree for PartSums<'_, S, P> {
     #[inline(always)]
     fn leaf(&self, part: usize) -> Self::Node {
         // SAFETY: all parts of these channels have been computed, and nothing writes them any more.
-        unsafe {
-            self.partials
-                .load(self.level, part, self.channel, self.count)
-        }
+        unsafe { self.partials.load(self.level, part, self.channel, self.count) }
     }
 
     #[inline(always)]
@@ -279,14 +273,7 @@ impl<P: Real> Parameters<'_, P> {
     /// # Safety
     /// The channels exist, and no other thread accesses their gradients meanwhile.
     #[inline(always)]
-    unsafe fn put<S: Level>(
-        &self,
-        level: S,
-        to: Sink<'_, P>,
-        channel: usize,
-        count: usize,
-        values: &Lanes<P>,
-    ) {
+    unsafe fn put<S: Level>(&self, level: S, to: Sink<'_, P>, channel: usize, count: usize, values: &Lanes<P>) {
         // SAFETY: the caller's promise.
         unsafe {
             if self.accumulate {
@@ -335,8 +322,7 @@ impl<T: Element, E: Mask<T>> Kernel for ApplyGradient<'_, T, E> {
             Some(gradient) => {
                 for (at, count) in blocks(channels.len()) {
                     // SAFETY: the numbers of these channels are complete before any of their elements is computed.
-                    let [mean, slope] =
-                        unsafe { gradient.load(level, 0, channels.start + at, count) };
+                    let [mean, slope] = unsafe { gradient.load(level, 0, channels.start + at, count) };
                     table.set(GRADIENT_MEAN, at, &mean);
                     table.set(GRADIENT_SLOPE, at, &slope);
                 }
@@ -350,11 +336,7 @@ impl<T: Element, E: Mask<T>> Kernel for ApplyGradient<'_, T, E> {
 
 impl<T: Element, E: Mask<T>> ApplyGradient<'_, T, E> {
     #[inline(always)]
-    fn visit<S: Level, const TRAINING: bool>(
-        &self,
-        level: S,
-        table: &mut Table<T::Param, COEFFICIENTS>,
-    ) {
+    fn visit<S: Level, const TRAINING: bool>(&self, level: S, table: &mut Table<T::Param, COEFFICIENTS>) {
         let elements = self.elements;
         let aligned = if elements.streamed {
             elements.dx.or(elements.dz)

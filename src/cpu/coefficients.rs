@@ -59,13 +59,7 @@ impl<P: Real, const M: usize> Table<P, M> {
 
     /// Adds to a coefficient of the positions from `position` on.
     #[inline(always)]
-    pub(super) fn add<S: Level>(
-        &mut self,
-        level: S,
-        index: usize,
-        position: usize,
-        values: Lanes<P>,
-    ) {
+    pub(super) fn add<S: Level>(&mut self, level: S, index: usize, position: usize, values: Lanes<P>) {
         let sum = level.add(self.at(index, position), values);
         self.set(index, position, &sum);
     }
@@ -169,29 +163,16 @@ impl<P: Real> Normalisation<'_, P> {
     /// # Safety
     /// The channels exist, and no thread writes their statistics meanwhile.
     #[inline(always)]
-    pub(super) unsafe fn statistics<S: Level>(
-        &self,
-        level: S,
-        channel: usize,
-        count: usize,
-    ) -> [Lanes<P>; 3] {
+    pub(super) unsafe fn statistics<S: Level>(&self, level: S, channel: usize, count: usize) -> [Lanes<P>; 3] {
         // SAFETY: the caller's promise.
         unsafe {
             match self.statistics {
-                Statistics::Running {
-                    mean,
-                    variance,
-                    eps,
-                } => {
+                Statistics::Running { mean, variance, eps } => {
                     let mean = Source::from(mean).load(level, channel, count);
                     let variance = Source::from(variance).load(level, channel, count);
                     [mean, splat(P::ZERO), lanes(|i| invstd(variance[i], eps))]
                 }
-                Statistics::Batch {
-                    pivot,
-                    offset,
-                    invstd,
-                } => [
+                Statistics::Batch { pivot, offset, invstd } => [
                     pivot.load(level, channel, count),
                     offset.load(level, channel, count),
                     invstd.load(level, channel, count),
@@ -225,29 +206,17 @@ impl<P: Real> Normalisation<'_, P> {
             table.set(PIVOT, at, &pivot);
             table.set(OFFSET, at, &offset);
             table.set(SCALE, at, &lanes(|i| invstd[i] * weight[i]));
-            table.set(
-                SHIFT,
-                at,
-                &load_or(level, self.bias, P::ZERO, channel, count),
-            );
+            table.set(SHIFT, at, &load_or(level, self.bias, P::ZERO, channel, count));
         }
     }
 }
 
 /// Values of `count` channels from `channel` on, or `absent` for all.
 #[inline(always)]
-fn load_or<S: Level, P: Real>(
-    level: S,
-    values: Option<&[P]>,
-    absent: P,
-    channel: usize,
-    count: usize,
-) -> Lanes<P> {
+fn load_or<S: Level, P: Real>(level: S, values: Option<&[P]>, absent: P, channel: usize, count: usize) -> Lanes<P> {
     match values {
         // SAFETY: a slice cannot be written meanwhile, and this part of it exists.
-        Some(values) => unsafe {
-            Source::from(&values[channel..channel + count]).load(level, 0, count)
-        },
+        Some(values) => unsafe { Source::from(&values[channel..channel + count]).load(level, 0, count) },
         None => splat(absent),
     }
 }

@@ -29,13 +29,7 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
                         if head > 0 {
                             visitor.visit(Block::new(start, 0, head), &coefficients);
                         }
-                        visit_blocks(
-                            start + head,
-                            runs.len - head,
-                            usize::MAX,
-                            visitor,
-                            &coefficients,
-                        );
+                        visit_blocks(start + head, runs.len - head, usize::MAX, visitor, &coefficients);
                     }
                 }
             }
@@ -53,13 +47,7 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
             }
             table.start_at(head, period);
             for run in 0..runs.count {
-                visit_blocks(
-                    runs.start(run) + head,
-                    runs.len - head,
-                    period,
-                    visitor,
-                    table,
-                );
+                visit_blocks(runs.start(run) + head, runs.len - head, period, visitor, table);
             }
         }
     }

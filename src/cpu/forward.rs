@@ -27,14 +27,7 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
     };
     let eps = T::Param::from_f64(pass.eps);
     let (statistics, batch) = match pass.statistics {
-        ForwardStatistics::Running { mean, variance } => (
-            Statistics::Running {
-                mean,
-                variance,
-                eps,
-            },
-            None,
-        ),
+        ForwardStatistics::Running { mean, variance } => (Statistics::Running { mean, variance, eps }, None),
         ForwardStatistics::Batch {
             saved,
             workspace,

@@ -130,9 +130,7 @@ impl Geometry {
     pub(super) fn row_len(&self) -> usize {
         match self {
             Geometry::Planar(planar) => planar.piece,
-            Geometry::Interleaved(interleaved) => {
-                interleaved.rows(&self.group(0), &self.part(0)).len
-            }
+            Geometry::Interleaved(interleaved) => interleaved.rows(&self.group(0), &self.part(0)).len,
         }
     }
 
@@ -140,9 +138,7 @@ impl Geometry {
     pub(super) fn chunks(&self) -> usize {
         match self {
             Geometry::Planar(planar) => planar.chunks(),
-            Geometry::Interleaved(interleaved) => {
-                interleaved.pixels.div_ceil(interleaved.chunk_pixels())
-            }
+            Geometry::Interleaved(interleaved) => interleaved.pixels.div_ceil(interleaved.chunk_pixels()),
         }
     }
 
@@ -173,10 +169,7 @@ impl Geometry {
     /// Number of values of each channel in a part.
     pub(super) fn part_values(&self, part: usize) -> usize {
         match self {
-            Geometry::Planar(planar) => self
-                .part(part)
-                .map(|chunk| planar.chunk_values(chunk))
-                .sum(),
+            Geometry::Planar(planar) => self.part(part).map(|chunk| planar.chunk_values(chunk)).sum(),
             Geometry::Interleaved(interleaved) => interleaved.pixels(&self.part(part)).len(),
         }
     }
@@ -276,8 +269,7 @@ impl Planar {
     pub(super) fn image_runs(&self, channels: &Range<usize>, chunk: usize, image: usize) -> Runs {
         let (images, within) = self.chunk(chunk);
         Runs {
-            start: ((images.start + image) * self.channels + channels.start) * self.plane
-                + within.start,
+            start: ((images.start + image) * self.channels + channels.start) * self.plane + within.start,
             stride: self.plane,
             count: channels.len(),
             len: within.len(),
@@ -303,10 +295,7 @@ impl Interleaved {
         Self {
             pixels,
             channels,
-            group: channels
-                .div_ceil(groups)
-                .next_multiple_of(LANES)
-                .min(channels),
+            group: channels.div_ceil(groups).next_multiple_of(LANES).min(channels),
             pixels_per_run: Self::pixels_per_run(channels),
         }
     }
@@ -318,11 +307,7 @@ impl Interleaved {
         }
         let most = (STRIP / channels).max(1);
         let full = LANES >> channels.trailing_zeros();
-        if most >= full {
-            most / full * full
-        } else {
-            most
-        }
+        if most >= full { most / full * full } else { most }
     }
 
     fn chunk_pixels(&self) -> usize {

@@ -4,8 +4,7 @@ use std::ops::Range;
 
 use super::Cpu;
 use super::backward::{
-    ApplyGradient, Everywhere, FinishSums, GradientElements, Mask, Parameters, Recomputed, Stored,
-    TaskSums,
+    ApplyGradient, Everywhere, FinishSums, GradientElements, Mask, Parameters, Recomputed, Stored, TaskSums,
 };
 use super::coefficients::{Normalisation, Statistics};
 use super::geometry::{Geometry, Task};
@@ -30,14 +29,7 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
     let (statistics, training) = match pass.statistics {
         BackwardStatistics::Running { mean, variance } => {
             let eps = T::Param::from_f64(pass.eps);
-            (
-                Statistics::Running {
-                    mean,
-                    variance,
-                    eps,
-                },
-                false,
-            )
+            (Statistics::Running { mean, variance, eps }, false)
         }
         BackwardStatistics::Batch(saved) => {
             let statistics = Statistics::Batch {
@@ -78,9 +70,7 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
     match pass.epilogue {
         BackwardEpilogue::Identity => gradients.run(Everywhere, None),
         BackwardEpilogue::Relu => gradients.run(Recomputed, None),
-        BackwardEpilogue::AddRelu { y, dz } => {
-            gradients.run(Stored { y: y.into() }, dz.map(Sink::from))
-        }
+        BackwardEpilogue::AddRelu { y, dz } => gradients.run(Stored { y: y.into() }, dz.map(Sink::from)),
     }
 }
 
@@ -100,11 +90,7 @@ struct Gradients<'a, T: Element, E> {
 impl<'a, T: Element> Gradients<'a, T, ()> {
     fn run<E: Mask<T>>(self, mask: E, dz: Option<Sink<'a, T>>) {
         let GradientElements {
-            x,
-            dy,
-            dx,
-            streamed,
-            ..
+            x, dy, dx, streamed, ..
         } = self.elements;
         let gradients = Gradients {
             simd: self.simd,

@@ -61,12 +61,7 @@ impl<'a, T: Element> Source<'a, T> {
     /// # Safety
     /// The elements are inside, and no thread writes them meanwhile.
     #[inline(always)]
-    pub(super) unsafe fn load<S: Level>(
-        self,
-        level: S,
-        at: usize,
-        count: usize,
-    ) -> Lanes<T::Param> {
+    pub(super) unsafe fn load<S: Level>(self, level: S, at: usize, count: usize) -> Lanes<T::Param> {
         debug_assert!(count <= LANES && at + count <= self.len);
         if count == LANES {
             // SAFETY: the block is inside; an array of T is aligned as T.
@@ -125,13 +120,7 @@ impl<'a, T: Element> Sink<'a, T> {
     /// # Safety
     /// The elements are inside, and no other thread accesses them meanwhile.
     #[inline(always)]
-    pub(super) unsafe fn store<S: Level>(
-        self,
-        level: S,
-        at: usize,
-        count: usize,
-        lanes: &Lanes<T::Param>,
-    ) {
+    pub(super) unsafe fn store<S: Level>(self, level: S, at: usize, count: usize, lanes: &Lanes<T::Param>) {
         debug_assert!(count <= LANES && at + count <= self.len);
         let block: [T; LANES] = narrow(level, lanes);
         if count == LANES {

@@ -63,13 +63,7 @@ pub(super) fn planar_sums<S: Level, P: Real, const M: usize, const U: usize>(
             position += U * LANES;
         }
         while position + LANES <= runs.len {
-            add_block(
-                level,
-                &mut rests,
-                0,
-                Block::new(start, position, LANES),
-                terms,
-            );
+            add_block(level, &mut rests, 0, Block::new(start, position, LANES), terms);
             position += LANES;
         }
         if position < runs.len {
@@ -197,8 +191,7 @@ pub(super) trait Tree {
 pub(super) fn pairwise<R: Tree>(tree: &R, count: usize) -> R::Node {
     // Level k waits with the join of 2^k leaves for the next 2^k: the digits of a binary counter. Not by recursion, which
     // could not be inlined.
-    let mut waiting: [Option<R::Node>; usize::BITS as usize] =
-        [const { None }; usize::BITS as usize];
+    let mut waiting: [Option<R::Node>; usize::BITS as usize] = [const { None }; usize::BITS as usize];
     for part in 0..count {
         let mut node = tree.leaf(part);
         let mut level = 0;

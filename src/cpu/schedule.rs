@@ -54,9 +54,7 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
             pass.apply(&apply_task(geometry, number));
         }),
         Phases::Reduce => {
-            for_each(threads, part_tasks, &|number| {
-                pass.reduce(&part_task(number))
-            });
+            for_each(threads, part_tasks, &|number| pass.reduce(&part_task(number)));
             finish();
         }
         Phases::Both => {
@@ -68,14 +66,10 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
             finish();
         }
         Phases::ReduceThenApply if keeps_groups_cached(geometry, pass, threads) => {
-            for_each(threads, groups, &|group| {
-                group_by_group(geometry, pass, group)
-            });
+            for_each(threads, groups, &|group| group_by_group(geometry, pass, group));
         }
         Phases::ReduceThenApply => {
-            for_each(threads, part_tasks, &|number| {
-                pass.reduce(&part_task(number))
-            });
+            for_each(threads, part_tasks, &|number| pass.reduce(&part_task(number)));
             finish();
             // What was read last is read first: it may still be in a cache.
             let last = apply_tasks(geometry) - 1;

@@ -63,11 +63,7 @@ struct Squares<'a, S, T, C> {
 impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Squares<'_, S, T, C> {
     #[inline(always)]
     fn terms(&self, block: Block) -> [Lanes<T::Param>; 1] {
-        let Shifted {
-            level,
-            x,
-            coefficients,
-        } = self.shifted;
+        let Shifted { level, x, coefficients } = self.shifted;
         x.prefetch(level, block.at.wrapping_add(self.ahead));
         let [shifted] = self.shifted.terms(block);
         let mean = coefficients.at(MEAN, block.position);
@@ -133,13 +129,8 @@ impl<T: Element> TaskStatistics<'_, T> {
             let partial = [state.at(0, at), state.at(1, at)];
             // SAFETY: no other task has these channels and this part.
             unsafe {
-                self.partials.store(
-                    level,
-                    Geometry::part_of(chunks),
-                    channels.start + at,
-                    count,
-                    &partial,
-                )
+                self.partials
+                    .store(level, Geometry::part_of(chunks), channels.start + at, count, &partial)
             };
         }
     }
@@ -212,15 +203,10 @@ fn finite_or_zero<P: Real>(value: P) -> P {
 
 /// (mean, variance) of the union, lane by lane.
 #[inline(always)]
-fn merge<P: Real>(
-    weights: Weights<P>,
-    first: &[Lanes<P>; 2],
-    second: &[Lanes<P>; 2],
-) -> [Lanes<P>; 2] {
+fn merge<P: Real>(weights: Weights<P>, first: &[Lanes<P>; 2], second: &[Lanes<P>; 2]) -> [Lanes<P>; 2] {
     let mut merged = [[P::ZERO; LANES]; 2];
     for i in 0..LANES {
-        (merged[0][i], merged[1][i]) =
-            weights.merge((first[0][i], first[1][i]), (second[0][i], second[1][i]));
+        (merged[0][i], merged[1][i]) = weights.merge((first[0][i], first[1][i]), (second[0][i], second[1][i]));
     }
     merged
 }
@@ -283,10 +269,7 @@ impl<T: Element> Kernel for FinishStatistics<'_, T> {
             if let Some(running) = self.running {
                 let values = self.geometry.values() as f64;
                 let unbiased = T::Param::from_f64(values / (values - 1.0));
-                let batch = [
-                    lanes(|i| pivots[i] + mean[i]),
-                    lanes(|i| variance[i] * unbiased),
-                ];
+                let batch = [lanes(|i| pivots[i] + mean[i]), lanes(|i| variance[i] * unbiased)];
                 // SAFETY: as above.
                 unsafe { running.update(level, channel, count, &batch) };
             }
@@ -309,10 +292,7 @@ impl<S: Level, P: Real> Tree for PartMoments<'_, S, P> {
     #[inline(always)]
     fn leaf(&self, part: usize) -> Self::Node {
         // SAFETY: all parts of these channels have been computed, and nothing writes them any more.
-        let moments = unsafe {
-            self.partials
-                .load(self.level, part, self.channel, self.count)
-        };
+        let moments = unsafe { self.partials.load(self.level, part, self.channel, self.count) };
         (moments, self.geometry.part_values(part) as u64)
     }
 
@@ -329,17 +309,9 @@ impl<P: Real> Running<'_, P> {
     /// # Safety
     /// The channels exist, and no other thread accesses their running statistics meanwhile.
     #[inline(always)]
-    unsafe fn update<S: Level>(
-        &self,
-        level: S,
-        channel: usize,
-        count: usize,
-        batch: &[Lanes<P>; 2],
-    ) {
+    unsafe fn update<S: Level>(&self, level: S, channel: usize, count: usize, batch: &[Lanes<P>; 2]) {
         let keep = P::ONE - self.factor;
-        let skip = |i: usize| {
-            self.skip_non_finite && !(batch[0][i].is_finite() && batch[1][i].is_finite())
-        };
+        let skip = |i: usize| self.skip_non_finite && !(batch[0][i].is_finite() && batch[1][i].is_finite());
         for (running, batch) in [self.mean, self.variance].into_iter().zip(batch) {
             // SAFETY: the caller's promise.
             unsafe {

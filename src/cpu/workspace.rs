@@ -36,10 +36,7 @@ impl<T: Element> Workspace<T> {
     }
 
     /// Two numbers per part and channel, and two per channel.
-    pub(super) fn split(
-        &mut self,
-        channels: usize,
-    ) -> (Partials<'_, T::Param>, Partials<'_, T::Param>) {
+    pub(super) fn split(&mut self, channels: usize) -> (Partials<'_, T::Param>, Partials<'_, T::Param>) {
         let [first, second] = &mut self.partials;
         let partials = Partials {
             numbers: [first.as_mut_slice().into(), second.as_mut_slice().into()],
@@ -67,13 +64,7 @@ impl<P: Real> Partials<'_, P> {
     /// # Safety
     /// The part and the channels exist, and no other thread writes their numbers meanwhile.
     #[inline(always)]
-    pub(super) unsafe fn load<S: Level>(
-        &self,
-        level: S,
-        part: usize,
-        channel: usize,
-        count: usize,
-    ) -> [Lanes<P>; 2] {
+    pub(super) unsafe fn load<S: Level>(&self, level: S, part: usize, channel: usize, count: usize) -> [Lanes<P>; 2] {
         let at = part * self.channels + channel;
         let [first, second] = self.numbers.map(Sink::source);
         // SAFETY: the caller's promise.

@@ -219,14 +219,10 @@ pub(super) fn widen<S: Level, T: Element>(level: S, block: &[T; LANES]) -> Lanes
 pub(super) fn narrow<S: Level, T: Element>(level: S, values: &Lanes<T::Param>) -> [T; LANES] {
     let values: &dyn Any = values;
     if T::DTYPE == crate::Dtype::F16 {
-        let values = values
-            .downcast_ref::<Lanes<f32>>()
-            .expect("f16 is computed in f32");
+        let values = values.downcast_ref::<Lanes<f32>>().expect("f16 is computed in f32");
         same_type(level.narrow_f16(values))
     } else if T::DTYPE == crate::Dtype::Bf16 {
-        let values = values
-            .downcast_ref::<Lanes<f32>>()
-            .expect("bf16 is computed in f32");
+        let values = values.downcast_ref::<Lanes<f32>>().expect("bf16 is computed in f32");
         same_type(values.map(bf16_from_f32))
     } else {
         *values

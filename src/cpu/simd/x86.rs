@@ -64,20 +64,14 @@ fn pass_256_pd(values: __m256d, y: __m256d) -> __m256d {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn pass_512_ps(values: __m512, y: __m512) -> __m512 {
-    _mm512_maskz_mov_ps(
-        _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_ps()),
-        values,
-    )
+    _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_ps()), values)
 }
 
 /// 0 where `y <= 0`, else the value.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn pass_512_pd(values: __m512d, y: __m512d) -> __m512d {
-    _mm512_maskz_mov_pd(
-        _mm512_cmp_pd_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_pd()),
-        values,
-    )
+    _mm512_maskz_mov_pd(_mm512_cmp_pd_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_pd()), values)
 }
 
 /// AVX2 with fused multiply-add and conversion of half precision.
@@ -90,9 +84,8 @@ pub(in crate::cpu) struct Avx512(());
 
 impl Avx2 {
     pub(super) fn detect() -> Option<Self> {
-        let present = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
+        let present =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         present.then_some(Self(()))
     }
 
@@ -132,16 +125,7 @@ impl Level for Avx2 {
     lane_by_lane!(add, __m256, __m256d, _mm256_add_ps, _mm256_add_pd, a, b);
     lane_by_lane!(sub, __m256, __m256d, _mm256_sub_ps, _mm256_sub_pd, a, b);
     lane_by_lane!(mul, __m256, __m256d, _mm256_mul_ps, _mm256_mul_pd, a, b);
-    lane_by_lane!(
-        mul_add,
-        __m256,
-        __m256d,
-        _mm256_fmadd_ps,
-        _mm256_fmadd_pd,
-        a,
-        b,
-        c
-    );
+    lane_by_lane!(mul_add, __m256, __m256d, _mm256_fmadd_ps, _mm256_fmadd_pd, a, b, c);
     lane_by_lane!(pass, __m256, __m256d, pass_256_ps, pass_256_pd, values, y);
 
     #[inline(always)]
@@ -162,10 +146,7 @@ impl Level for Avx2 {
             let low = _mm256_loadu_ps(lanes.as_ptr());
             let high = _mm256_loadu_ps(lanes.as_ptr().add(LANES / 2));
             const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
-            std::mem::transmute([
-                _mm256_cvtps_ph::<NEAREST>(low),
-                _mm256_cvtps_ph::<NEAREST>(high),
-            ])
+            std::mem::transmute([_mm256_cvtps_ph::<NEAREST>(low), _mm256_cvtps_ph::<NEAREST>(high)])
         }
     }
 
@@ -198,16 +179,7 @@ impl Level for Avx512 {
     lane_by_lane!(add, __m512, __m512d, _mm512_add_ps, _mm512_add_pd, a, b);
     lane_by_lane!(sub, __m512, __m512d, _mm512_sub_ps, _mm512_sub_pd, a, b);
     lane_by_lane!(mul, __m512, __m512d, _mm512_mul_ps, _mm512_mul_pd, a, b);
-    lane_by_lane!(
-        mul_add,
-        __m512,
-        __m512d,
-        _mm512_fmadd_ps,
-        _mm512_fmadd_pd,
-        a,
-        b,
-        c
-    );
+    lane_by_lane!(mul_add, __m512, __m512d, _mm512_fmadd_ps, _mm512_fmadd_pd, a, b, c);
     lane_by_lane!(pass, __m512, __m512d, pass_512_ps, pass_512_pd, values, y);
 
     #[inline(always)]
@@ -238,10 +210,7 @@ impl Level for Avx512 {
                 4 => transmute_copy(&_mm512_maskz_loadu_epi32(mask, from.cast())),
                 8 => transmute_copy(&[
                     _mm512_maskz_loadu_epi64(mask as u8, from.cast()),
-                    _mm512_maskz_loadu_epi64(
-                        (mask >> 8) as u8,
-                        from.wrapping_add(LANES / 2).cast(),
-                    ),
+                    _mm512_maskz_loadu_epi64((mask >> 8) as u8, from.wrapping_add(LANES / 2).cast()),
                 ]),
                 _ => unreachable!("elements have 2, 4 or 8 bytes"),
             }
@@ -259,11 +228,7 @@ impl Level for Avx512 {
                 8 => {
                     let [low, high]: [__m512i; 2] = transmute_copy(block);
                     _mm512_mask_storeu_epi64(to.cast(), mask as u8, low);
-                    _mm512_mask_storeu_epi64(
-                        to.wrapping_add(LANES / 2).cast(),
-                        (mask >> 8) as u8,
-                        high,
-                    );
+                    _mm512_mask_storeu_epi64(to.wrapping_add(LANES / 2).cast(), (mask >> 8) as u8, high);
                 }
                 _ => unreachable!("elements have 2, 4 or 8 bytes"),
             }
