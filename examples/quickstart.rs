@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 
 use batchnorm_cuda::cuda::plan::{Operation, Plan, Problem};
 use batchnorm_cuda::half::f16;
-use batchnorm_cuda::{
-    AsTensor, Backend, BatchNorm2d, BatchNorm2dConfig, Cpu, Cuda, Element, Error, Plain, Real, Result, Shape,
-};
+use batchnorm_cuda::{Backend, BatchNorm2d, BatchNorm2dConfig, Cpu, Cuda, Element, Error, Real, Result, Shape};
 
 fn main() -> ExitCode {
     let done = match Cuda::new(0) {
@@ -42,25 +40,13 @@ fn run<D: Device>(device: &D) -> Result<()> {
     speed::<D, f16>(device)
 }
 
-/// What the two devices do not do alike: waiting, and counting bytes.
+/// What the two devices do not do alike: counting bytes.
 trait Device: Backend {
-    /// Waits until everything is done.
-    fn wait(&self) -> Result<()>;
-
     /// Bytes of a pass, and what these are.
     fn bytes(&self, problem: &Problem) -> Result<(u64, &'static str)>;
-
-    /// The values of a buffer, on the host.
-    fn values<T: Plain>(&self, buffer: &Self::Buffer<T>) -> Result<Vec<T>> {
-        self.to_vec(buffer.view())
-    }
 }
 
 impl Device for Cpu {
-    fn wait(&self) -> Result<()> {
-        Ok(())
-    }
-
     fn bytes(&self, problem: &Problem) -> Result<(u64, &'static str)> {
         let elements = problem.shape.len()? as u64;
         let tensor = elements * problem.dtype.size() as u64;
@@ -69,10 +55,6 @@ impl Device for Cpu {
 }
 
 impl Device for Cuda {
-    fn wait(&self) -> Result<()> {
-        self.synchronize()
-    }
-
     fn bytes(&self, problem: &Problem) -> Result<(u64, &'static str)> {
         let plan = Plan::new(problem, self.limits())?;
         Ok((
@@ -97,7 +79,7 @@ fn training_step<D: Device>(device: &D) -> Result<()> {
     let mut y = device.zeros::<f32>(numbers.len())?;
     bn.forward_train(&x, &mut y, &mut saved)?;
     println!("\nforward in training: y");
-    print_tensor(shape, &device.values(&y)?);
+    print_tensor(shape, &device.read(&y)?);
     print_vector("mean of the batch", &saved.mean()?);
     print_vector("1 / sqrt(variance of the batch + eps)", &saved.invstd()?);
     print_running_statistics(&bn)?;
@@ -109,9 +91,9 @@ fn training_step<D: Device>(device: &D) -> Result<()> {
     let mut gradients = bn.gradients()?;
     bn.backward(&x, &dy, &mut saved, &mut dx, &mut gradients)?;
     println!("\nbackward, dy = 1 in the first row of every plane, else 0: dx");
-    print_tensor(shape, &device.values(&dx)?);
-    print_vector("dweight", &device.values(&gradients.weight)?);
-    print_vector("dbias", &device.values(&gradients.bias)?);
+    print_tensor(shape, &device.read(&dx)?);
+    print_vector("dweight", &device.read(&gradients.weight)?);
+    print_vector("dbias", &device.read(&gradients.bias)?);
     println!();
     Ok(())
 }
@@ -119,7 +101,7 @@ fn training_step<D: Device>(device: &D) -> Result<()> {
 fn print_parameters<D: Device>(bn: &BatchNorm2d<D>) -> Result<()> {
     for (name, parameter) in [("weight", bn.weight()), ("bias", bn.bias())] {
         if let Some(parameter) = parameter {
-            print_vector(name, &bn.backend().values(parameter)?);
+            print_vector(name, &bn.backend().read(parameter)?);
         }
     }
     Ok(())
@@ -128,7 +110,7 @@ fn print_parameters<D: Device>(bn: &BatchNorm2d<D>) -> Result<()> {
 fn print_running_statistics<D: Device>(bn: &BatchNorm2d<D>) -> Result<()> {
     for (name, statistic) in [("running_mean", bn.running_mean()), ("running_var", bn.running_var())] {
         if let Some(statistic) = statistic {
-            print_vector(name, &bn.backend().values(statistic)?);
+            print_vector(name, &bn.backend().read(statistic)?);
         }
     }
     if let Some(batches) = bn.num_batches_tracked()? {
@@ -185,7 +167,7 @@ fn speed<D: Device, T: Element<Param = f32>>(device: &D) -> Result<()> {
         for _ in 0..count {
             bn.forward_train(&x, &mut y, &mut saved)?;
         }
-        device.wait()?;
+        device.synchronize()?;
         Ok(start.elapsed())
     };
 

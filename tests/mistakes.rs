@@ -33,6 +33,8 @@ on_every_device!(
     relu_gradient_is_multiplied_by_its_mask,
     backward_in_evaluation_takes_the_batch_statistics,
     nan_and_infinity_leave_their_channel,
+    infinite_mean_of_a_long_channel_becomes_nan,
+    relu_gradient_passes_where_the_result_was_rounded_to_0,
     late_values_of_a_long_channel_weigh_less,
     count_is_kept_in_f32,
 );
@@ -440,6 +442,47 @@ fn nan_and_infinity_leave_their_channel<B: Device>(device: &B) {
                             );
                         }
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Where partial results meet, infinity less infinity must not come up: the mean is infinite, and only the variance NaN.
+fn infinite_mean_of_a_long_channel_becomes_nan<B: Device>(device: &B) {
+    for shape in both_layouts(Shape::nchw(2, 2, 150, 160)) {
+        for infinity in [f32::INFINITY, f32::NEG_INFINITY] {
+            for places in [&[0][..], &[1], &[24_000], &[47_999], &[0, 13_000, 24_000, 40_000]] {
+                let mut case = random::<f32>(21, shape, Epilogue::Identity).forward_only();
+                let channel: Vec<usize> = channel_indices(shape, 1).collect();
+                places.iter().for_each(|&place| case.x[channel[place]] = infinity);
+                let outcome = check(device, &case);
+                assert_eq!(outcome.save_mean.unwrap()[1], infinity, "{shape}, at {places:?}");
+            }
+        }
+    }
+}
+
+/// y as it was stored decides, not as it was before rounding: forward and backward must mean the same elements.
+fn relu_gradient_passes_where_the_result_was_rounded_to_0<B: Device>(device: &B) {
+    for shape in both_layouts(Shape::nchw(2, 3, 12, 15)) {
+        for epilogue in [Epilogue::Relu, Epilogue::AddRelu] {
+            for evaluation in [false, true] {
+                let mut case = random::<f16>(22, shape, epilogue);
+                // Results about the least number of f16, 6e-8, of which half of the positive ones are rounded to 0.
+                case.state.weight.as_mut().unwrap().fill(4e-8);
+                case.state.bias.as_mut().unwrap().fill(0.0);
+                case.z.iter_mut().for_each(|z| z.fill(f16::ZERO));
+                case.dy.as_mut().unwrap().fill(f16::ONE);
+                let case = if evaluation { case.evaluation() } else { case };
+                let outcome = run(device, &case);
+                let exact = common::reference(&case).0.y.unwrap();
+                for c in 0..shape.channels {
+                    let count =
+                        |positive: &dyn Fn(usize) -> bool| channel_indices(shape, c).filter(|&i| positive(i)).count();
+                    let stored = count(&|i| outcome.y[i] > f16::ZERO);
+                    assert!(stored < count(&|i| exact[i] > 0.0), "nothing was rounded to 0");
+                    assert_eq!(outcome.dbias.as_ref().unwrap()[c], stored as f32, "{shape}");
                 }
             }
         }
