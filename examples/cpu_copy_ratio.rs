@@ -31,13 +31,8 @@ fn main() -> ExitCode {
         Shape::nchw(8, 64, 112, 112),
     ];
     let mut within = true;
-    for shape in shapes
-        .into_iter()
-        .flat_map(|shape| [shape, shape.channels_last()])
-    {
-        let figures = pool
-            .install(|| measure(shape, rounds))
-            .expect("a valid shape");
+    for shape in shapes.into_iter().flat_map(|shape| [shape, shape.channels_last()]) {
+        let figures = pool.install(|| measure(shape, rounds)).expect("a valid shape");
         println!("{figures}");
         within &= figures.ratio <= BAR;
     }
@@ -94,9 +89,7 @@ fn measure(shape: Shape, rounds: usize) -> Result<Figures> {
 
     let mut times = [const { Vec::new() }; 3];
     for _ in 0..rounds {
-        times[0].push(time(|| {
-            copy(&x, &mut y, |from, to| to.copy_from_slice(from))
-        }));
+        times[0].push(time(|| copy(&x, &mut y, |from, to| to.copy_from_slice(from))));
         times[1].push(time(|| copy(&x, &mut y, copy_streaming)));
         times[2].push(time(|| {
             bn.forward_train(&x, &mut y, &mut saved)
@@ -105,8 +98,7 @@ fn measure(shape: Shape, rounds: usize) -> Result<Figures> {
     }
     times.iter_mut().for_each(|times| times.sort());
     let ratio = |at: usize| {
-        let [memcpy, streaming, forward] =
-            [0, 1, 2].map(|kind: usize| times[kind][at].as_secs_f64());
+        let [memcpy, streaming, forward] = [0, 1, 2].map(|kind: usize| times[kind][at].as_secs_f64());
         forward / memcpy.min(streaming)
     };
     Ok(Figures {
@@ -147,10 +139,7 @@ fn copy_streaming(from: &[f32], to: &mut [f32]) {
     to[..head].copy_from_slice(&from[..head]);
     let (from, to) = (&from[head..], &mut to[head..]);
     let whole = to.len() / LINE * LINE;
-    for (from, to) in from[..whole]
-        .chunks_exact(LINE)
-        .zip(to[..whole].chunks_exact_mut(LINE))
-    {
+    for (from, to) in from[..whole].chunks_exact(LINE).zip(to[..whole].chunks_exact_mut(LINE)) {
         for at in (0..LINE).step_by(4) {
             // SAFETY: every x86-64 machine has SSE; both slices have a whole line, and `to` is aligned to one.
             unsafe { _mm_stream_ps(to.as_mut_ptr().add(at), _mm_loadu_ps(from.as_ptr().add(at))) };

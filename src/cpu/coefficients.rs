@@ -97,6 +97,12 @@ impl<P: Real, const M: usize> Table<P, M> {
         }
     }
 
+    /// All positions of a coefficient.
+    #[cfg(test)]
+    pub(super) fn row(&self, index: usize) -> &[P] {
+        &self.0[index]
+    }
+
     /// The coefficients of one position.
     #[inline(always)]
     pub(super) fn uniform(&self, position: usize) -> Uniform<P, M> {

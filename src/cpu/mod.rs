@@ -155,6 +155,6 @@ impl Backend for Cpu {
 /// enough that few lines are written in two steps.
 fn streams<T: Element>(geometry: &Geometry) -> bool {
     const CACHED: usize = 4 << 20;
-    const LONG: usize = 1 << 10;
+    const LONG: usize = 512;
     geometry.channels() * geometry.values() * size_of::<T>() > CACHED && geometry.row_len() * size_of::<T>() >= LONG
 }

@@ -1,1 +1,516 @@
-//! Tests of the CPU backend against a plain double-precision reference.
+//! What the backend's parts promise each other, and what no test from outside can force: instruction sets below the best.
+//! Numbers are held against the reference in `tests/`.
+
+use half::{bf16, f16};
+use rayon::ThreadPoolBuilder;
+
+use super::coefficients::Table;
+use super::geometry::{Geometry, STRIP, Task};
+use super::memory::{Sink, Source};
+use super::reduce::{Tree, pairwise};
+use super::simd::{Kernel, LANES, Level, Simd, blocks, narrow, widen};
+use super::{Cpu, forward, gradients};
+use crate::backend::{
+    Backend, BackwardEpilogue, BackwardPass, BackwardStatistics, BatchStatistics, ForwardEpilogue, ForwardPass,
+    ForwardStatistics, GradientFlow, InputOutput, ParameterGradients, RunningUpdate,
+};
+use crate::config::Momentum;
+use crate::element::{Element, Real};
+use crate::epilogue::Epilogue;
+use crate::shape::Shape;
+
+/// Shapes on both sides of every threshold of the geometry.
+fn shapes() -> Vec<Shape> {
+    let planar = [
+        Shape::nchw(1, 1, 1, 2),
+        Shape::nchw(2, 3, 1, 1),
+        Shape::nchw(3, 5, 7, 7),
+        Shape::nchw(2, 300, 2, 2),
+        Shape::nchw(40, 2, 14, 14),
+        Shape::nchw(2, 2, 70, 71),
+        Shape::nchw(1, 1, 257, 301),
+    ];
+    let interleaved = [
+        Shape::nchw(700, 1, 3, 3),
+        Shape::nchw(5, 3, 17, 31),
+        Shape::nchw(2, 16, 50, 50),
+        Shape::nchw(3, 17, 25, 5),
+        Shape::nchw(1, 64, 33, 9),
+        Shape::nchw(2, 257, 6, 7),
+        Shape::nchw(1, 530, 9, 11),
+    ];
+    let other_layouts = planar.map(Shape::channels_last);
+    planar
+        .into_iter()
+        .chain(interleaved.map(Shape::channels_last))
+        .chain(other_layouts)
+        .collect()
+}
+
+fn len(shape: Shape) -> usize {
+    shape.len().unwrap()
+}
+
+fn channel_of(shape: Shape, index: usize) -> usize {
+    match shape.layout {
+        crate::Layout::Nchw => index / (shape.height * shape.width) % shape.channels,
+        crate::Layout::Nhwc => index % shape.channels,
+    }
+}
+
+/// The elements of a task, each with the channel whose coefficients it gets: first as they are summed up, then as they are
+/// visited one by one.
+fn elements_of(geometry: &Geometry, task: &Task) -> [Vec<(usize, usize)>; 2] {
+    let [mut summed, mut visited] = [vec![], vec![]];
+    match geometry {
+        Geometry::Planar(planar) => {
+            for chunk in task.chunks.clone() {
+                for channel in task.channels.clone() {
+                    let runs = planar.runs(channel, chunk);
+                    for run in 0..runs.count {
+                        summed.extend((0..runs.len).map(|at| (runs.start(run) + at, channel)));
+                    }
+                }
+                for image in 0..planar.images(chunk) {
+                    let runs = planar.image_runs(&task.channels, chunk, image);
+                    for run in 0..runs.count {
+                        visited.extend((0..runs.len).map(|at| (runs.start(run) + at, task.channels.start + run)));
+                    }
+                }
+            }
+        }
+        Geometry::Interleaved(interleaved) => {
+            let channel = |at: usize| task.channels.start + at % task.channels.len();
+            for chunk in task.chunks.clone() {
+                let pixels = interleaved.pixels(&(chunk..chunk + 1));
+                for runs in [
+                    interleaved.full_runs(&task.channels, &pixels),
+                    interleaved.last_run(&task.channels, &pixels),
+                ] {
+                    assert!(runs.len <= STRIP && runs.len <= interleaved.repeats() * task.channels.len());
+                    for run in 0..runs.count {
+                        summed.extend((0..runs.len).map(|at| (runs.start(run) + at, channel(at))));
+                    }
+                }
+            }
+            let rows = interleaved.rows(&task.channels, &task.chunks);
+            for row in 0..rows.count {
+                visited.extend((0..rows.len).map(|at| (rows.start(row) + at, channel(at))));
+            }
+        }
+    }
+    [summed, visited]
+}
+
+#[test]
+fn tasks_have_every_element_once_with_its_channel() {
+    for shape in shapes() {
+        let geometry = Geometry::new(shape);
+        assert_eq!(geometry.channels(), shape.channels);
+        let mut count = vec![[0; 2]; len(shape)];
+        for part in 0..geometry.parts() {
+            for group in 0..geometry.groups() {
+                let task = Task {
+                    channels: geometry.group(group),
+                    chunks: geometry.part(part),
+                };
+                assert_eq!(Geometry::part_of(&task.chunks), part);
+                let both = elements_of(&geometry, &task);
+                assert_eq!(
+                    both[0].len(),
+                    geometry.part_values(part) * task.channels.len(),
+                    "{shape}"
+                );
+                for (kind, elements) in both.iter().enumerate() {
+                    for &(index, channel) in elements {
+                        assert_eq!(channel_of(shape, index), channel, "{shape} at {index}");
+                        count[index][kind] += 1;
+                    }
+                }
+            }
+        }
+        assert!(count.iter().all(|count| *count == [1, 1]), "{shape}");
+        for channel in 0..shape.channels {
+            let first = (0..len(shape)).find(|&index| channel_of(shape, index) == channel);
+            assert_eq!(Some(geometry.first_value(channel)), first, "{shape}");
+        }
+    }
+}
+
+#[test]
+fn shapes_reach_several_groups_parts_and_pieces() {
+    let geometries: Vec<Geometry> = shapes().into_iter().map(Geometry::new).collect();
+    let any = |what: &dyn Fn(&Geometry) -> bool| geometries.iter().any(what);
+    let planar = |geometry: &Geometry| matches!(geometry, Geometry::Planar(_));
+    for kind in [true, false] {
+        assert!(any(&|geometry| planar(geometry) == kind && geometry.groups() > 1));
+        assert!(any(&|geometry| planar(geometry) == kind && geometry.parts() > 1));
+    }
+    assert!(any(&|geometry| planar(geometry) && geometry.group(0).len() > 1));
+    assert!(any(&|geometry| planar(geometry) && geometry.adjacent_chunks() > 1));
+}
+
+#[test]
+fn blocks_cover_a_length() {
+    for len in 0..3 * LANES + 2 {
+        let mut next = 0;
+        for (at, count) in blocks(len) {
+            assert_eq!(at, next);
+            assert!(count == LANES || at + count == len);
+            next += count;
+        }
+        assert_eq!(next, len);
+    }
+}
+
+#[test]
+fn a_table_starts_anywhere() {
+    let channels = 24;
+    let mut table = Table::<f64, 1>::new();
+    for (at, _) in blocks(channels) {
+        table.set(0, at, &std::array::from_fn(|i| (at + i) as f64));
+    }
+    table.repeat(channels, 3);
+    table.start_at(5, 3 * channels);
+    let whole = &table.row(0)[..3 * channels + LANES];
+    let expected: Vec<f64> = (0..whole.len())
+        .map(|position| ((position + 5) % channels) as f64)
+        .collect();
+    assert_eq!(whole, expected);
+
+    table.start_at(0, 3 * channels);
+    table.fold(channels, 3);
+    let sums: Vec<f64> = (0..channels)
+        .map(|position| 3.0 * ((position + 5) % channels) as f64)
+        .collect();
+    assert_eq!(&table.row(0)[..channels], sums);
+}
+
+struct Parentheses;
+
+impl Tree for Parentheses {
+    type Node = String;
+
+    fn leaf(&self, part: usize) -> String {
+        part.to_string()
+    }
+
+    fn join(&self, first: String, second: String) -> String {
+        format!("({first} {second})")
+    }
+}
+
+#[test]
+fn pairs_are_joined_in_a_fixed_order() {
+    let joined = |count| pairwise(&Parentheses, count);
+    assert_eq!(joined(1), "0");
+    assert_eq!(joined(2), "(0 1)");
+    assert_eq!(joined(3), "((0 1) 2)");
+    assert_eq!(joined(7), "(((0 1) (2 3)) ((4 5) 6))");
+    assert_eq!(joined(8), "(((0 1) (2 3)) ((4 5) (6 7)))");
+}
+
+/// A function of a level, as a kernel.
+macro_rules! kernel {
+    ($name:ident { $($field:ident: $type:ty),* } -> $output:ty, |$this:ident, $level:ident| $body:expr) => {
+        struct $name<'a> { $($field: $type),* }
+        impl Kernel for $name<'_> {
+            type Output = $output;
+            #[inline(always)]
+            fn run<S: Level>(self, $level: S) -> $output {
+                let $this = self;
+                $body
+            }
+        }
+    };
+}
+
+kernel!(WidenF16 { block: &'a [f16; LANES] } -> [f32; LANES], |this, level| widen(level, this.block));
+kernel!(NarrowF16 { values: &'a [f32; LANES] } -> [f16; LANES], |this, level| narrow(level, this.values));
+kernel!(NarrowBf16 { values: &'a [f32; LANES] } -> [bf16; LANES], |this, level| narrow(level, this.values));
+
+/// Around every rounding boundary, with every exponent, and NaN and infinity.
+fn values_to_round() -> impl Iterator<Item = f32> {
+    let upper = (0..=u16::MAX).map(u32::from);
+    let lower = [0, 1, 0x0fff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0xffff];
+    upper.flat_map(move |upper| lower.map(|lower| f32::from_bits(upper << 16 | lower)))
+}
+
+#[test]
+fn every_instruction_set_converts_as_half_does() {
+    for simd in Simd::all() {
+        for start in (0..=u16::MAX).step_by(LANES) {
+            let block: [f16; LANES] = std::array::from_fn(|i| f16::from_bits(start + i as u16));
+            let wide = simd.run(WidenF16 { block: &block });
+            for (half, wide) in block.iter().zip(wide) {
+                let expected = half.to_f32();
+                let same = expected.to_bits() == wide.to_bits() || expected.is_nan() && wide.is_nan();
+                assert!(same, "{simd:?}: {half:?} became {wide}");
+            }
+        }
+        let values: Vec<f32> = values_to_round().collect();
+        let (chunks, []) = values.as_chunks::<LANES>() else {
+            panic!("65536 times something is a multiple of 16");
+        };
+        for values in chunks {
+            let to_f16 = simd.run(NarrowF16 { values });
+            let to_bf16 = simd.run(NarrowBf16 { values });
+            for i in 0..LANES {
+                let (f16, bf16) = (f16::from_f32(values[i]), bf16::from_f32(values[i]));
+                let nan = values[i].is_nan();
+                assert!(
+                    to_f16[i].to_bits() == f16.to_bits() || nan && to_f16[i].is_nan(),
+                    "{simd:?}: {}",
+                    values[i]
+                );
+                assert!(
+                    to_bf16[i].to_bits() == bf16.to_bits() || nan && to_bf16[i].is_nan(),
+                    "{simd:?}: {}",
+                    values[i]
+                );
+            }
+        }
+    }
+}
+
+kernel!(Copy16 { from: &'a [f16], to: Sink<'a, f16>, at: usize, count: usize } -> (), |this, level| {
+    // SAFETY: the test keeps to the slices.
+    unsafe {
+        let values = Source::from(this.from).load(level, this.at, this.count);
+        this.to.store(level, this.at, this.count, &values);
+    }
+});
+kernel!(Copy32 { from: &'a [f32], to: Sink<'a, f32>, at: usize, count: usize } -> (), |this, level| {
+    // SAFETY: the test keeps to the slices.
+    unsafe {
+        let values = Source::from(this.from).load(level, this.at, this.count);
+        assert!(values[this.count..].iter().all(|&value| value == 0.0));
+        this.to.store(level, this.at, this.count, &values);
+    }
+});
+kernel!(Copy64 { from: &'a [f64], to: Sink<'a, f64>, at: usize, count: usize } -> (), |this, level| {
+    // SAFETY: the test keeps to the slices.
+    unsafe {
+        let values = Source::from(this.from).load(level, this.at, this.count);
+        this.to.store(level, this.at, this.count, &values);
+    }
+});
+
+#[test]
+fn partial_blocks_touch_their_elements_only() {
+    const LEN: usize = 24;
+    for simd in Simd::all() {
+        for at in 0..3 {
+            for count in 1..=LANES {
+                macro_rules! check {
+                    ($kernel:ident, $type:ty) => {
+                        let from: Vec<$type> = (1..=LEN).map(|i| <$type>::from_param(i as _)).collect();
+                        let mut to = vec![<$type>::from_param(-1.0); LEN];
+                        let sink = Sink::from(to.as_mut_slice());
+                        simd.run($kernel {
+                            from: &from,
+                            to: sink,
+                            at,
+                            count,
+                        });
+                        for (i, (&to, &from)) in to.iter().zip(&from).enumerate() {
+                            let inside = (at..at + count).contains(&i);
+                            assert_eq!(
+                                to,
+                                if inside {
+                                    from
+                                } else {
+                                    <$type>::from_param(-1.0)
+                                },
+                                "{simd:?} {at} {count}"
+                            );
+                        }
+                    };
+                }
+                check!(Copy16, f16);
+                check!(Copy32, f32);
+                check!(Copy64, f64);
+            }
+        }
+    }
+}
+
+/// Numbers without a pattern around 0, a little larger in every channel, NaN and infinity in the second and third.
+fn tensor<T: Element>(shape: Shape, seed: u64) -> Vec<T> {
+    let mut state = seed;
+    (0..len(shape))
+        .map(|index| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let noise = (state >> 40) as f64 / f64::from(1 << 23) - 1.0;
+            let value = match (channel_of(shape, index), index % 97) {
+                (1, 5) => f64::NAN,
+                (2, 5) => f64::INFINITY,
+                (channel, _) => noise + channel as f64 * 0.01,
+            };
+            T::from_param(T::Param::from_f64(value))
+        })
+        .collect()
+}
+
+/// All that a training step writes, as bits.
+fn step<T: Element>(simd: Simd, shape: Shape, epilogue: Epilogue) -> Vec<Vec<u64>> {
+    let [x, z, dy] = [1, 2, 3].map(|seed| tensor::<T>(shape, seed));
+    let params = |value: f64| vec![T::Param::from_f64(value); shape.channels];
+    let (weight, bias) = (params(1.5), params(-0.125));
+    let (mut running_mean, mut running_var, mut batches) = (params(0.5), params(2.0), [4]);
+    let mut saved = BatchStatistics::<Cpu, T> {
+        pivot: params(0.0),
+        mean_offset: params(0.0),
+        invstd: params(0.0),
+    };
+    let mut workspace = Cpu.prepare::<T>(shape, epilogue).unwrap();
+    let mut y = vec![T::default(); x.len()];
+    forward::forward(
+        simd,
+        ForwardPass {
+            shape,
+            eps: 1e-5,
+            tensors: InputOutput::Separate { x: &x, y: &mut y },
+            epilogue: match epilogue {
+                Epilogue::Identity => ForwardEpilogue::Identity,
+                Epilogue::Relu => ForwardEpilogue::Relu,
+                Epilogue::AddRelu => ForwardEpilogue::AddRelu { z: &z },
+            },
+            weight: Some(&weight),
+            bias: Some(&bias),
+            statistics: ForwardStatistics::Batch {
+                saved: &mut saved,
+                workspace: &mut workspace,
+                update: Some(RunningUpdate {
+                    mean: &mut running_mean,
+                    variance: &mut running_var,
+                    batches: &mut batches,
+                    momentum: Momentum::CumulativeAverage,
+                    skip_non_finite: true,
+                }),
+            },
+        },
+    );
+    let [mut dx, mut dz] = [x.clone(), x.clone()];
+    let [mut dweight, mut dbias] = [params(0.0), params(0.0)];
+    gradients::backward(
+        simd,
+        BackwardPass {
+            shape,
+            eps: 1e-5,
+            x: &x,
+            flow: GradientFlow::Separate { dy: &dy, dx: &mut dx },
+            epilogue: match epilogue {
+                Epilogue::Identity => BackwardEpilogue::Identity,
+                Epilogue::Relu => BackwardEpilogue::Relu,
+                Epilogue::AddRelu => BackwardEpilogue::AddRelu {
+                    y: &y,
+                    dz: Some(&mut dz),
+                },
+            },
+            weight: Some(&weight),
+            bias: Some(&bias),
+            parameters: Some(ParameterGradients {
+                weight: &mut dweight,
+                bias: &mut dbias,
+                accumulate: false,
+            }),
+            statistics: BackwardStatistics::Batch(&saved),
+            workspace: &mut workspace,
+        },
+    );
+    let tensors = [y, dx, dz].map(|tensor| bits(&tensor));
+    let vectors = [
+        saved.pivot,
+        saved.mean_offset,
+        saved.invstd,
+        running_mean,
+        running_var,
+        dweight,
+        dbias,
+    ];
+    tensors.into_iter().chain(vectors.map(|vector| bits(&vector))).collect()
+}
+
+/// Bits that are equal where the values are the same; a NaN's sign and payload are nobody's promise.
+fn bits<T: Element>(values: &[T]) -> Vec<u64> {
+    let canonical = |value: f64| if value.is_nan() { f64::NAN } else { value };
+    values
+        .iter()
+        .map(|value| canonical(value.to_param().to_f64()).to_bits())
+        .collect()
+}
+
+fn agree_in_every_epilogue<T: Element>() {
+    for shape in shapes() {
+        for epilogue in Epilogue::ALL {
+            let results: Vec<_> = Simd::all()
+                .into_iter()
+                .map(|simd| step::<T>(simd, shape, epilogue))
+                .collect();
+            for result in &results[1..] {
+                assert!(*result == results[0], "{shape} {epilogue} {}", T::DTYPE);
+            }
+        }
+    }
+}
+
+#[test]
+fn instruction_sets_agree_bit_for_bit_f16() {
+    agree_in_every_epilogue::<f16>();
+}
+
+#[test]
+fn instruction_sets_agree_bit_for_bit_bf16() {
+    agree_in_every_epilogue::<bf16>();
+}
+
+#[test]
+fn instruction_sets_agree_bit_for_bit_f32() {
+    agree_in_every_epilogue::<f32>();
+}
+
+#[test]
+fn instruction_sets_agree_bit_for_bit_f64() {
+    agree_in_every_epilogue::<f64>();
+}
+
+#[test]
+fn instruction_sets_agree_bit_for_bit_past_the_caches() {
+    fn agree<T: Element>(shape: Shape) {
+        assert!(super::streams::<T>(&Geometry::new(shape)));
+        let results: Vec<_> = Simd::all()
+            .into_iter()
+            .map(|simd| step::<T>(simd, shape, Epilogue::Identity))
+            .collect();
+        for result in &results[1..] {
+            assert!(*result == results[0], "{shape} {}", T::DTYPE);
+        }
+    }
+    // Rows that start anywhere in a line, with and without whole vectors.
+    agree::<f32>(Shape::nchw(9, 3, 199, 201));
+    agree::<f32>(Shape::nchw(9, 3, 199, 201).channels_last());
+    agree::<f16>(Shape::nchw(5, 512, 30, 30).channels_last());
+    agree::<f64>(Shape::nchw(5, 3, 199, 201).channels_last());
+}
+
+#[test]
+fn numbers_of_threads_agree_bit_for_bit() {
+    // Above and below the size where threads are used, and groups too large or too few to be kept cached.
+    let shapes = [
+        Shape::nchw(9, 3, 199, 201),
+        Shape::nchw(16, 40, 28, 28),
+        Shape::nchw(2, 3, 5, 7),
+    ];
+    for shape in shapes.into_iter().flat_map(|shape| [shape, shape.channels_last()]) {
+        let results = [1, 2, 3, 8].map(|threads| {
+            let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| step::<f32>(Simd::detect(), shape, Epilogue::Relu))
+        });
+        for result in &results[1..] {
+            assert!(*result == results[0], "{shape}");
+        }
+    }
+}
