@@ -1,10 +1,10 @@
 //! Holds the CPU backend's training forward pass against a copy of the same tensor, the least that any pass can cost.
 //!
 //! For three shapes of ResNet-50, in NCHW and NHWC, `f32`: in each round a memcpy, a copy with streaming stores and a
-//! training forward pass are timed one after the other on the same threads. The figure is the ratio of the best times over
-//! all rounds, forward pass to faster copy: what else runs on the machine can only lengthen a time, and lengthens the
-//! longer one more often. The ratio of the medians stands beside it; where the two differ much, the machine was busy. The
-//! program fails if a figure is above the bar of 3.0: it is what a change of the CPU backend must not break.
+//! training forward pass are timed one after the other on the same threads. Two figures compare the forward pass with the
+//! faster copy: the ratio of the best times over all rounds, and that of the medians. On a quiet machine they agree; on a
+//! busy one both are too large, now the one and now the other. The program fails if both are above the bar of 3.0: it is
+//! what a change of the CPU backend must not break.
 //!
 //!     cargo run --release --example cpu_copy_ratio -- [--threads N] [--rounds N]
 
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     for shape in shapes.into_iter().flat_map(|shape| [shape, shape.channels_last()]) {
         let figures = pool.install(|| measure(shape, rounds)).expect("a valid shape");
         println!("{figures}");
-        within &= figures.ratio <= BAR;
+        within &= figures.ratio.min(figures.ratio_of_medians) <= BAR;
     }
     if within {
         ExitCode::SUCCESS

@@ -1,10 +1,10 @@
 //! The CPU backend: parallel over channels and parts of the batch, vectorised, and bit for bit the same on any number of
 //! threads.
 //!
-//! [`forward`] and [`gradients`] translate what the module asks for into a [`schedule::Pass`]: reduce, finish, apply.
-//! [`geometry`] cuts the tensors into tasks, [`schedule`] runs them. The work of one task is a [`simd::Kernel`], compiled
-//! for several instruction sets: [`statistics`] and [`apply`] forward, [`backward`] backward, written with
-//! [`reduce`] (sums), [`elementwise`] (one visit to each element) and [`coefficients`] (what a channel is computed with).
+//! `forward` and `gradients` translate what the module asks for into a pass of three phases: reduce, finish, apply.
+//! `geometry` cuts the tensors into tasks, `schedule` runs them. The work of one task is a kernel, compiled for several
+//! instruction sets by `simd`: `statistics` and `apply` forward, `backward` backward, written with `reduce` (sums),
+//! `elementwise` (one visit to each element) and `coefficients` (what a channel is computed with).
 
 mod apply;
 mod backward;
