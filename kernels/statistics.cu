@@ -64,14 +64,15 @@ struct ThreadStatistics {
 #pragma unroll
       for (int e = 0; e < VECTOR; e++) {
         const Real deviation = owns(spans[u], e) ? difference[u][e] - chunk[CHANNEL(e)].mean : Real(0);
-        sums[e] = fma_rn(deviation, deviation, sums[e]);
+        // Divided before they are added up: the sum would overflow before the variance does.
+        sums[e] = fma_rn(deviation * inverse, deviation, sums[e]);
       }
     fold(sums);
     const u32 total = count + added;
     const Real weight = divide_rn((Real)count, (Real)total), weight_added = divide_rn((Real)added, (Real)total);
 #pragma unroll
     for (int lane = 0; lane < LANES; lane++) {
-      chunk[lane].variance = sums[lane] * inverse;
+      chunk[lane].variance = sums[lane];
       moments[lane] = count == 0 ? chunk[lane] : merge(moments[lane], chunk[lane], weight, weight_added);
     }
     count = total;
@@ -115,7 +116,7 @@ KERNEL(statistics, Arguments, THREADS) {
       const Real variance = total.moments.variance;
       store_one(arguments.pivot + c, pivots.at(Staged::PIVOT, channel));
       store_one(arguments.mean_offset + c, total.moments.mean);
-      store_one(arguments.invstd + c, inverse_deviation(variance, (Real)arguments.eps));
+      store_one(arguments.invstd + c, batch_inverse_deviation(variance, (Real)arguments.eps));
       store_one(arguments.variance + c, variance);
       // The last kernel of the pass counts this batch while other blocks of it need the factor: so it is taken here.
       if (c == 0 && arguments.batches)

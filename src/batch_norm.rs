@@ -128,7 +128,7 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         config.validate()?;
         let channels = config.num_features;
         let zeros = || backend.zeros::<P>(channels);
-        let ones = || backend.upload(&vec![P::ONE; channels]);
+        let ones = || backend.upload(&ones(channels)?);
         let parameters = if config.affine {
             Some(Parameters {
                 weight: ones()?,
@@ -169,9 +169,9 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         self.parameters.as_ref().map(|parameters| &parameters.weight)
     }
 
-    /// The scale per channel, for an optimiser to change in place.
-    pub fn weight_mut(&mut self) -> Option<&mut B::Buffer<P>> {
-        self.parameters.as_mut().map(|parameters| &mut parameters.weight)
+    /// The scale per channel, for an optimiser to change in place. (A view, so that the buffer cannot be exchanged for another.)
+    pub fn weight_mut(&mut self) -> Option<B::ViewMut<'_, P>> {
+        self.parameters.as_mut().map(|parameters| parameters.weight.view_mut())
     }
 
     /// The shift per channel, if affine.
@@ -179,9 +179,9 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         self.parameters.as_ref().map(|parameters| &parameters.bias)
     }
 
-    /// The shift per channel, for an optimiser to change in place.
-    pub fn bias_mut(&mut self) -> Option<&mut B::Buffer<P>> {
-        self.parameters.as_mut().map(|parameters| &mut parameters.bias)
+    /// The shift per channel, for an optimiser to change in place, as [`BatchNorm2d::weight_mut`].
+    pub fn bias_mut(&mut self) -> Option<B::ViewMut<'_, P>> {
+        self.parameters.as_mut().map(|parameters| parameters.bias.view_mut())
     }
 
     /// The running mean per channel, if tracked.
@@ -215,7 +215,7 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         };
         let channels = self.config.num_features;
         let zeros = self.backend.zeros::<P>(channels)?;
-        let ones = self.backend.upload(&vec![P::ONE; channels])?;
+        let ones = self.backend.upload(&ones(channels)?)?;
         let no_batches = self.backend.zeros::<i64>(1)?;
         self.backend.copy(zeros.view(), running.mean.view_mut())?;
         self.backend.copy(ones.view(), running.variance.view_mut())?;
@@ -230,7 +230,7 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         if let Some(parameters) = &mut self.parameters {
             let channels = self.config.num_features;
             let zeros = self.backend.zeros::<P>(channels)?;
-            let ones = self.backend.upload(&vec![P::ONE; channels])?;
+            let ones = self.backend.upload(&ones(channels)?)?;
             self.backend.copy(ones.view(), parameters.weight.view_mut())?;
             self.backend.copy(zeros.view(), parameters.bias.view_mut())?;
         }
@@ -624,4 +624,13 @@ fn forward_by_batch<'m, B: Backend, T: Element>(
     })?;
     saved.filled = true;
     Ok(())
+}
+
+/// Ones on the host, or an error where so many do not fit.
+fn ones<P: Real>(len: usize) -> Result<Vec<P>> {
+    let mut ones = Vec::new();
+    ones.try_reserve_exact(len)
+        .map_err(|_| Error::out_of_memory::<P>(len))?;
+    ones.resize(len, P::ONE);
+    Ok(ones)
 }

@@ -154,8 +154,8 @@ pub enum Error {
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
 
-    /// The device's memory does not suffice.
-    #[error("out of device memory: {bytes} bytes asked for")]
+    /// The memory of the device, or of the host, does not suffice.
+    #[error("out of memory: {bytes} bytes asked for")]
     OutOfMemory {
         /// Bytes of the allocation that failed.
         bytes: usize,
@@ -346,6 +346,13 @@ pub enum Unavailable {
 }
 
 impl Error {
+    /// So many elements are too many.
+    pub(crate) fn out_of_memory<T>(len: usize) -> Self {
+        Error::OutOfMemory {
+            bytes: len.saturating_mul(size_of::<T>()),
+        }
+    }
+
     /// Refuses a tensor whose length is not the shape's.
     pub(crate) fn check_length(argument: &'static str, shape: Shape, got: usize) -> Result<()> {
         let expected = shape.len()?;

@@ -86,14 +86,15 @@ impl Shape {
     /// Number of elements.
     ///
     /// # Errors
-    /// [`Error::ShapeOverflow`] if the tensor's bytes cannot be counted in an `isize`, whatever its element type.
+    /// [`Error::ShapeOverflow`] if the tensor is larger than any memory: of 2⁵² elements or more.
     pub fn len(&self) -> Result<usize> {
-        // A dimension of zero must not hide that the others overflow, so that every partial product can be trusted.
-        const LARGEST_ELEMENT: usize = 8;
-        [self.channels, self.height, self.width, LARGEST_ELEMENT]
+        // No processor addresses that much, and sums of several tensors' bytes stay countable. A dimension of zero must not
+        // hide that the others overflow, so that every partial product can be trusted.
+        const ELEMENTS: u64 = 1 << 52;
+        [self.channels, self.height, self.width]
             .iter()
             .try_fold(self.batch.max(1), |product, &size| product.checked_mul(size))
-            .filter(|&bytes| bytes <= isize::MAX as usize)
+            .filter(|&elements| (elements as u64) < ELEMENTS && elements <= isize::MAX as usize / 8)
             .map(|_| self.batch * self.channels * self.height * self.width)
             .ok_or(Error::ShapeOverflow { shape: *self })
     }

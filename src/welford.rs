@@ -29,14 +29,10 @@ impl<P: Real> Welford<P> {
         variance: P::ZERO,
     };
 
-    /// Adds `count` values at once: their mean, and the sum of the squares of their differences from it.
+    /// Adds `count` values at once: their mean, and the mean square of their deviations from it.
     #[inline(always)]
-    pub(crate) fn push_chunk(self, count: u64, mean: P, squares: P) -> Self {
-        self.merge(Self {
-            count,
-            mean,
-            variance: squares / P::from_f64(count as f64),
-        })
+    pub(crate) fn push_chunk(self, count: u64, mean: P, variance: P) -> Self {
+        self.merge(Self { count, mean, variance })
     }
 
     /// Both sets as one.
@@ -100,8 +96,12 @@ mod tests {
     /// The two passes over a slice, in order.
     fn push<P: Real>(state: Welford<P>, values: &[P]) -> Welford<P> {
         let mean = values.iter().copied().sum::<P>() / P::from_f64(values.len() as f64);
-        let squares = values.iter().map(|&value| (value - mean) * (value - mean)).sum();
-        state.push_chunk(values.len() as u64, mean, squares)
+        let share = P::ONE / P::from_f64(values.len() as f64);
+        let variance = values
+            .iter()
+            .map(|&value| (value - mean) * share * (value - mean))
+            .sum();
+        state.push_chunk(values.len() as u64, mean, variance)
     }
 
     fn of_chunks<P: Real>(values: &[P], chunk: usize) -> Welford<P> {

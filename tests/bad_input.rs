@@ -371,7 +371,7 @@ fn saved_is_for_another_shape<B: Device>(device: &B) {
     let expected = Error::SavedMismatch {
         what: "shape",
         expected: "[2, 5, 4, 2]".into(),
-        got: "3 channels".into(),
+        got: "a module of 3 channels".into(),
     };
     world.refuses(expected.clone(), |w| w.module.forward_train(&w.x, &mut w.y, &mut saved));
     world.refuses(expected.clone(), |w| {

@@ -87,6 +87,16 @@ fn a_kernel_is_compiled_once_per_context() {
     assert_eq!(other.compile_report().compiled, 1);
 }
 
+/// Two contexts of one device compare equal, yet a kernel of one is unknown to the other.
+#[test]
+fn each_context_loads_its_own_kernels() {
+    let (one, other) = (start(DiskCache::Off), start(DiskCache::Off));
+    for cuda in [&one, &other] {
+        evaluate::<f32>(cuda).unwrap();
+        assert_eq!(cuda.compile_report().compiled, 1);
+    }
+}
+
 #[test]
 fn only_what_is_used_is_compiled() {
     let cuda = start(DiskCache::Off);

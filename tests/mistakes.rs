@@ -37,6 +37,7 @@ on_every_device!(
     relu_gradient_passes_where_the_result_was_rounded_to_0,
     late_values_of_a_long_channel_weigh_less,
     count_is_kept_in_f32,
+    constant_channel_without_eps_is_nan,
 );
 
 fn random<T: Element>(seed: u64, shape: Shape, epilogue: Epilogue) -> Case<T> {
@@ -305,10 +306,27 @@ fn constant_channel_of_1e7_is_not_constant<B: Device>(device: &B) {
     }
 }
 
-/// The variance, 1e34, fits f32 well; 10^5 times as much does not.
+/// 0 / 0: PyTorch takes 0 for 1 / sqrt(0), so that y is the bias and no gradient passes.
+fn constant_channel_without_eps_is_nan<B: Device>(device: &B) {
+    for shape in both_layouts(Shape::nchw(2, 3, 5, 7)) {
+        let mut case = random::<f32>(31, shape, Epilogue::Identity);
+        case.config = case.config.eps(0.0);
+        case.x.fill(0.1);
+        let outcome = run(device, &case);
+        let bias = case.state.bias.as_ref().unwrap();
+        for (c, &bias) in bias.iter().enumerate() {
+            assert!(channel_indices(shape, c).all(|i| outcome.y[i] == bias), "{shape}");
+        }
+        assert_eq!(outcome.save_invstd, Some(vec![0.0; 3]));
+        assert!(outcome.dx.unwrap().iter().all(|&dx| dx == 0.0));
+    }
+}
+
+/// The variance, 1e34, fits f32 well; 10^5 times as much does not. And of 1e37 not even 30 times as much does: no few values
+/// may be summed up first either.
 fn deviation_1e17_overflows_the_sum_of_squares<B: Device>(device: &B) {
-    let deviation = 1e17;
-    for shape in both_layouts(Shape::nchw(1, 2, 317, 317)) {
+    let shapes = both_layouts(Shape::nchw(1, 2, 317, 317));
+    for (shape, deviation) in shapes.into_iter().flat_map(|shape| [(shape, 1e17), (shape, 3.5e18)]) {
         let mut case = taking_over(random::<f32>(14, shape, Epilogue::Identity));
         let mut numbers = Random::new(14);
         case.x = by_channel(shape, |_| deviation * numbers.normal());

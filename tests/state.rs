@@ -30,6 +30,7 @@ on_every_device!(
     resetting,
     count_of_batches_goes_on,
     not_finite_batches_can_be_kept_out,
+    an_infinite_variance_is_kept_out,
 );
 
 const CHANNELS: usize = 5;
@@ -552,6 +553,20 @@ fn not_finite_batches_can_be_kept_out<B: Device>(device: &B) {
             assert_eq!(after.num_batches_tracked, Some(8), "the batch is counted all the same");
         }
     }
+}
+
+/// A variance alone can be infinite: its values are finite, and so is their mean.
+fn an_infinite_variance_is_kept_out<B: Device>(device: &B) {
+    let shape = Shape::nchw(2, CHANNELS, 3, 2);
+    let mut case = Case::<f32>::random(&mut Random::new(18), shape, Epilogue::Identity).forward_only();
+    case.config = case.config.skip_non_finite(true);
+    for (at, index) in common::channel_indices(shape, 3).enumerate() {
+        case.x[index] = if at % 2 == 0 { 1e20 } else { -1e20 };
+    }
+    let outcome = common::run(device, &case);
+    let (before, after) = (case.state, outcome.state);
+    assert_eq!(after.running_mean.unwrap()[3], before.running_mean.unwrap()[3]);
+    assert_eq!(after.running_var.unwrap()[3], before.running_var.unwrap()[3]);
 }
 
 fn vector<'a>(state: &'a mut StateDict<f32>, name: &str) -> &'a mut Option<Vec<f32>> {

@@ -157,6 +157,17 @@ pub(super) enum Statistics<'a, P> {
     },
 }
 
+/// `1 / sqrt(variance + eps)` of a batch. As in PyTorch it is 0 where both are 0, so that a constant channel gives the bias
+/// without an eps too.
+#[inline(always)]
+pub(super) fn batch_invstd<P: Real>(variance: P, eps: P) -> P {
+    if variance + eps == P::ZERO {
+        P::ZERO
+    } else {
+        invstd(variance, eps)
+    }
+}
+
 /// `1 / sqrt(variance + eps)`, each operation rounded once.
 #[inline(always)]
 pub(super) fn invstd<P: Real>(variance: P, eps: P) -> P {

@@ -27,7 +27,7 @@ pub use workspace::Workspace;
 use crate::backend::{AsTensor, AsTensorMut, Backend, BackwardPass, ForwardPass};
 use crate::element::{Element, Plain};
 use crate::epilogue::Epilogue;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::sealed::Sealed;
 use crate::shape::Shape;
 
@@ -88,15 +88,19 @@ impl Backend for Cpu {
     type Workspace<T: Element> = Workspace<T>;
 
     fn zeros<T: Plain>(&self, len: usize) -> Result<Vec<T>> {
-        Ok(vec![T::default(); len])
+        let mut zeros = with_capacity(len)?;
+        zeros.resize(len, T::default());
+        Ok(zeros)
     }
 
     fn upload<T: Plain>(&self, values: &[T]) -> Result<Vec<T>> {
-        Ok(values.to_vec())
+        let mut buffer = with_capacity(values.len())?;
+        buffer.extend_from_slice(values);
+        Ok(buffer)
     }
 
     fn to_vec<T: Plain>(&self, from: &[T]) -> Result<Vec<T>> {
-        Ok(from.to_vec())
+        self.upload(from)
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -157,4 +161,13 @@ fn streams<T: Element>(geometry: &Geometry) -> bool {
     const CACHED: usize = 4 << 20;
     const LONG: usize = 512;
     geometry.channels() * geometry.values() * size_of::<T>() > CACHED && geometry.row_len() * size_of::<T>() >= LONG
+}
+
+/// Room for `len` elements, or an error where there is none.
+fn with_capacity<T: Plain>(len: usize) -> Result<Vec<T>> {
+    let mut buffer = Vec::new();
+    buffer
+        .try_reserve_exact(len)
+        .map_err(|_| Error::out_of_memory::<T>(len))?;
+    Ok(buffer)
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::coefficients::{Coefficients, Table, Uniform, invstd};
+use super::coefficients::{Coefficients, Table, Uniform, batch_invstd};
 use super::geometry::{Geometry, Interleaved, Planar, Task};
 use super::memory::{Sink, Source};
 use super::reduce::{Block, Terms, Tree, interleaved_sums, pairwise, planar_sums};
@@ -53,10 +53,14 @@ impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Shi
     }
 }
 
-/// The squares of (x - K) - mean, of values that were read just before. Meanwhile what is read next is fetched.
-struct Squares<'a, S, T, C> {
+/// What the values of a chunk add to its variance: the squares of (x - K) - mean, each divided by the number of values, so
+/// that nothing overflows while the variance fits the type. The values were read just before; meanwhile what is read next is
+/// fetched.
+struct Squares<'a, S, T: Element, C> {
     shifted: Shifted<'a, S, T, C>,
     /// How far behind a value is the one that is read next in its place.
+    /// 1 / number of values.
+    share: Lanes<T::Param>,
     ahead: usize,
 }
 
@@ -68,7 +72,7 @@ impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Squ
         let [shifted] = self.shifted.terms(block);
         let mean = coefficients.at(MEAN, block.position);
         let deviation = level.sub(shifted, mean);
-        [level.mul(deviation, deviation)]
+        [level.mul(level.mul(deviation, self.share), deviation)]
     }
 }
 
@@ -95,10 +99,11 @@ impl<T: Element> TaskStatistics<'_, T> {
                         x: self.x,
                         coefficients: &Uniform([pivot, mean]),
                     },
+                    share: splat(T::Param::ONE / T::Param::from_f64(values as f64)),
                     ahead: planar.ahead(channel, chunk, chunks),
                 };
-                let [squares] = planar_sums::<_, _, 1, 4>(level, planar, channel, chunk, &squares);
-                state = state.push_chunk(values as u64, mean, squares);
+                let [variance] = planar_sums::<_, _, 1, 4>(level, planar, channel, chunk, &squares);
+                state = state.push_chunk(values as u64, mean, variance);
             }
             let partial = [splat(state.mean), splat(state.variance)];
             // SAFETY: no other task has this channel and part.
@@ -169,12 +174,12 @@ impl<T: Element> TaskStatistics<'_, T> {
                 x: self.x,
                 coefficients: &*strip,
             },
+            share: splat(T::Param::ONE / values),
             ahead: interleaved.ahead(pixels),
         };
         interleaved_sums(level, interleaved, channels, pixels, &mut sums, &squares);
         for (at, _) in blocks(channels.len()) {
-            let squares = sums.at(0, at);
-            let mut moments = [strip.at(MEAN, at), lanes(|i| squares[i] / values)];
+            let mut moments = [strip.at(MEAN, at), sums.at(0, at)];
             if counted > 0 {
                 let weights = Weights::new(counted, pixels.len() as u64);
                 moments = merge(weights, &[state.at(0, at), state.at(1, at)], &moments);
@@ -263,7 +268,7 @@ impl<T: Element> Kernel for FinishStatistics<'_, T> {
             unsafe {
                 self.saved.pivot.store(level, channel, count, &pivots);
                 self.saved.offset.store(level, channel, count, &mean);
-                let invstd = lanes(|i| invstd(variance[i], self.eps));
+                let invstd = lanes(|i| batch_invstd(variance[i], self.eps));
                 self.saved.invstd.store(level, channel, count, &invstd);
             }
             if let Some(running) = self.running {

@@ -3,11 +3,9 @@
 //! The result is a cubin for the device's own architecture. PTX would be refused by a driver older than NVRTC; a cubin is
 //! taken by every driver of the same major version. PTX is the last resort, for a device that this NVRTC does not know.
 
-use cudarc::nvrtc::result as nvrtc;
-use cudarc::nvrtc::sys;
-
 use super::disk_cache::{DiskCache, Key};
 use super::kernel::Instantiation;
+use super::nvrtc::{Code, Failure, Nvrtc};
 use super::probe;
 use crate::error::{Error, Result};
 
@@ -63,16 +61,30 @@ pub(super) struct Compiled {
 /// [`Unavailable::NoNvrtc`](super::Unavailable::NoNvrtc); [`Error::Compile`] with NVRTC's log, also where this NVRTC does not
 /// know the architecture.
 pub fn compile_ahead(instantiation: &Instantiation, architecture: u32, cache: &DiskCache) -> Result<Vec<u8>> {
-    compile(instantiation, architecture, cache).map(|compiled| compiled.image)
+    compile_with(Nvrtc::find(None)?, instantiation, architecture, cache).map(|compiled| compiled.image)
 }
 
-/// Compiles a kernel, or finds it in the cache.
+/// Compiles a kernel for a device of this driver, or finds it in the cache.
 pub(super) fn compile(instantiation: &Instantiation, architecture: u32, cache: &DiskCache) -> Result<Compiled> {
-    let (major, minor) = probe::nvrtc_library_version()?;
-    let target = Target::choose(architecture, &supported_architectures()?).ok_or_else(|| Error::Compile {
+    compile_with(probe::nvrtc()?, instantiation, architecture, cache)
+}
+
+fn compile_with(
+    nvrtc: &Nvrtc,
+    instantiation: &Instantiation,
+    architecture: u32,
+    cache: &DiskCache,
+) -> Result<Compiled> {
+    let (major, minor) = nvrtc.version();
+    let failed = |log| Error::Compile {
         kernel: instantiation.to_string(),
         architecture,
-        log: format!("NVRTC {major}.{minor} knows no architecture up to sm_{architecture}"),
+        log,
+    };
+    let target = Target::choose(architecture, &nvrtc.architectures()?).ok_or_else(|| {
+        failed(format!(
+            "NVRTC {major}.{minor} knows no architecture up to sm_{architecture}"
+        ))
     })?;
     let options: Vec<String> = std::iter::once(target.option())
         .chain(OPTIONS.iter().map(|&option| option.to_owned()))
@@ -88,102 +100,19 @@ pub(super) fn compile(instantiation: &Instantiation, architecture: u32, cache: &
     if let Some(image) = cache.read(&key) {
         return Ok(Compiled { image, from_disk: true });
     }
-    let image = Program::new(source.text)?.compile(instantiation, architecture, target, &options)?;
+    let code = match target {
+        Target::Cubin(_) => Code::Cubin,
+        Target::Ptx(_) => Code::Ptx,
+    };
+    let image = nvrtc
+        .compile(source.text, &options, code)
+        .map_err(|failure| match failure {
+            Failure::Source(log) => failed(log),
+            Failure::Other(error) => error,
+        })?;
     cache.write(&key, &image);
     Ok(Compiled {
         image,
         from_disk: false,
     })
-}
-
-/// Compute capabilities, times ten, that this NVRTC can compile for.
-fn supported_architectures() -> Result<Vec<u32>> {
-    let mut count = 0;
-    // SAFETY: the pointer is valid for a write; NVRTC is there, or its version could not have been asked.
-    let counted = unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) };
-    check("nvrtcGetNumSupportedArchs", counted.result())?;
-    let mut architectures = vec![0; count as usize];
-    // SAFETY: NVRTC writes as many numbers as it said there are.
-    let listed = unsafe { sys::nvrtcGetSupportedArchs(architectures.as_mut_ptr()) };
-    check("nvrtcGetSupportedArchs", listed.result())?;
-    Ok(architectures
-        .into_iter()
-        .map(|architecture| architecture as u32)
-        .collect())
-}
-
-fn check<T>(call: &'static str, result: std::result::Result<T, nvrtc::NvrtcError>) -> Result<T> {
-    result.map_err(|error| Error::Nvrtc {
-        call,
-        message: format!("{:?}", error.0),
-    })
-}
-
-/// An NVRTC program, destroyed with its owner.
-struct Program(sys::nvrtcProgram);
-
-impl Program {
-    fn new(source: &str) -> Result<Self> {
-        let source = std::ffi::CString::new(source).expect("kernel sources hold no zero byte");
-        check("nvrtcCreateProgram", nvrtc::create_program(&source, None)).map(Program)
-    }
-
-    fn compile(
-        &self,
-        instantiation: &Instantiation,
-        architecture: u32,
-        target: Target,
-        options: &[String],
-    ) -> Result<Vec<u8>> {
-        // SAFETY: the program is alive until `self` is dropped.
-        match unsafe { nvrtc::compile_program(self.0, options) } {
-            Err(nvrtc::NvrtcError(sys::nvrtcResult::NVRTC_ERROR_COMPILATION)) => {
-                return Err(Error::Compile {
-                    kernel: instantiation.to_string(),
-                    architecture,
-                    log: self.log(),
-                });
-            }
-            other => check("nvrtcCompileProgram", other)?,
-        }
-        match target {
-            Target::Cubin(_) => self.image("nvrtcGetCUBIN", sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN),
-            Target::Ptx(_) => self.image("nvrtcGetPTX", sys::nvrtcGetPTXSize, sys::nvrtcGetPTX),
-        }
-    }
-
-    fn image(
-        &self,
-        call: &'static str,
-        size_of: unsafe fn(sys::nvrtcProgram, *mut usize) -> sys::nvrtcResult,
-        get: unsafe fn(sys::nvrtcProgram, *mut std::ffi::c_char) -> sys::nvrtcResult,
-    ) -> Result<Vec<u8>> {
-        let mut size = 0;
-        // SAFETY: the program is alive and compiled; the pointer is valid for a write.
-        check(call, unsafe { size_of(self.0, &mut size) }.result())?;
-        let mut image = vec![0; size];
-        // SAFETY: the buffer has the size that NVRTC asked for.
-        check(call, unsafe { get(self.0, image.as_mut_ptr().cast()) }.result())?;
-        Ok(image)
-    }
-
-    fn log(&self) -> String {
-        // SAFETY: the program is alive.
-        match unsafe { nvrtc::get_program_log(self.0) } {
-            Ok(bytes) => bytes
-                .iter()
-                .map(|&byte| byte as u8)
-                .take_while(|&byte| byte != 0)
-                .map(char::from)
-                .collect(),
-            Err(error) => format!("(no log: {:?})", error.0),
-        }
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // SAFETY: the program is alive and nobody else has it. There is nothing to do about a failure.
-        let _ = unsafe { nvrtc::destroy_program(self.0) };
-    }
 }

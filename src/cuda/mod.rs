@@ -5,7 +5,7 @@
 //! | `probe` | finds out whether there is a driver, a device, NVRTC |
 //! | `limits`, `kernel` | plain values: what a device can do, which kernels there are |
 //! | `tiling`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
-//! | `compile`, `disk_cache`, `device` | from source to a loaded kernel, once |
+//! | `nvrtc`, `compile`, `disk_cache`, `device` | from source to a loaded kernel, once |
 //! | `workspace`, `arguments`, `launch` | carries a plan out on a stream |
 
 mod arguments;
@@ -16,6 +16,7 @@ mod driver_error;
 mod kernel;
 mod launch;
 mod limits;
+mod nvrtc;
 pub mod plan;
 mod probe;
 mod tiling;
@@ -105,6 +106,9 @@ impl Cuda {
     fn allocate<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Result<CudaSlice<T>> {
         // The driver allocates no empty memory, so an empty buffer owns a place for one element that it does not show.
         let allocated = len.max(1);
+        if allocated > isize::MAX as usize / size_of::<T>() {
+            return Err(Error::out_of_memory::<T>(allocated));
+        }
         let buffer = self
             .stream
             .alloc_zeros(allocated)

@@ -1,13 +1,14 @@
 //! Is there a driver, a device, NVRTC? Answers, and never panics.
 //!
-//! `cudarc` loads its libraries at the first call and panics where it finds none, so they are looked for here first. Once
-//! found they stay loaded, and `cudarc` gets the same ones.
+//! `cudarc` loads the driver's library at the first call and panics where it finds none, so it is looked for here first.
+//! Once found it stays loaded, and `cudarc` gets the same one.
 
 use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::sync::OnceLock;
 
 use libloading::Library;
 
+use super::nvrtc::Nvrtc;
 use crate::error::{OLDEST_ARCHITECTURE, Unavailable};
 
 /// The driver's library, as `cudarc` looks for it.
@@ -15,12 +16,6 @@ use crate::error::{OLDEST_ARCHITECTURE, Unavailable};
 const DRIVER: &[&str] = &["nvcuda.dll"];
 #[cfg(not(windows))]
 const DRIVER: &[&str] = &["libcuda.so", "libcuda.so.1"];
-
-/// NVRTC's library, as `cudarc` looks for it.
-#[cfg(windows)]
-const NVRTC: &[&str] = &["nvrtc64_130_0.dll", "nvrtc64_12.dll"];
-#[cfg(not(windows))]
-const NVRTC: &[&str] = &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"];
 
 /// Whether [`Cuda`](crate::Cuda) can be used here: a driver, a device that is new enough, and an NVRTC that fits.
 ///
@@ -41,7 +36,7 @@ pub fn is_available() -> Result<(), Unavailable> {
     if !verdicts.iter().any(Result::is_ok) {
         return verdicts.into_iter().next().unwrap_or(Err(Unavailable::NoDevice));
     }
-    check_nvrtc(&driver)
+    Nvrtc::find(Some(driver.version()?)).map(|_| ())
 }
 
 /// Whether the device with this ordinal is there, and everything it needs.
@@ -52,37 +47,14 @@ pub(super) fn check_device(ordinal: usize) -> Result<(), Unavailable> {
         count if ordinal >= count => Err(Unavailable::NoSuchDevice { ordinal, count }),
         _ => {
             driver.check_age(ordinal)?;
-            check_nvrtc(&driver)
+            Nvrtc::find(Some(driver.version()?)).map(|_| ())
         }
     }
 }
 
-/// A cubin runs on every driver of the same major version, and newer ones.
-fn check_nvrtc(driver: &Driver) -> Result<(), Unavailable> {
-    let nvrtc = nvrtc_library_version()?;
-    let driver = driver.version()?;
-    if nvrtc.0 > driver.0 {
-        return Err(Unavailable::NvrtcTooNew { nvrtc, driver });
-    }
-    Ok(())
-}
-
-/// NVRTC's version, whether or not there is a driver for what it compiles.
-pub(super) fn nvrtc_library_version() -> Result<(u32, u32), Unavailable> {
-    static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
-    let missing = || Unavailable::NoNvrtc {
-        tried: owned_names(NVRTC),
-    };
-    let library = LIBRARY.get_or_init(|| load_first(NVRTC)).as_ref().ok_or_else(missing)?;
-    type NvrtcVersion = unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int;
-    // SAFETY: nvrtcVersion has had this signature since NVRTC exists.
-    let version = unsafe { library.get::<NvrtcVersion>(b"nvrtcVersion\0") }.map_err(|_| missing())?;
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: both pointers are valid for a write.
-    match unsafe { version(&mut major, &mut minor) } {
-        0 => Ok((major as u32, minor as u32)),
-        _ => Err(missing()),
-    }
+/// The NVRTC for this machine's driver.
+pub(super) fn nvrtc() -> Result<&'static Nvrtc, Unavailable> {
+    Nvrtc::find(Some(Driver::load()?.version()?))
 }
 
 /// The few functions of the driver that tell whether it can be used.
