@@ -97,6 +97,10 @@ Mbarrier& find_mbarrier(Thread& thread, const void* barrier, StandInPlace place)
   if (found == thread.gang->mbarriers.end()) {
     fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "the mbarrier was not initialised");
   }
+  // Whoever uses it must have been shown that it was initialised.
+  const Gang& gang = *thread.gang;
+  const size_t offset = size_t(static_cast<const unsigned char*>(barrier) - gang.shared_begin);
+  check_shared_order(thread, offset, sizeof(uint64_t), Direction::LOAD, at(place));
   return found->second;
 }
 

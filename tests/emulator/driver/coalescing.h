@@ -22,7 +22,8 @@ class WarpTraffic {
       bool known = false;
       for (const uint32_t other : access.sectors) known |= other == name;
       if (known) continue;
-      access.sectors[access.oldest++ % REMEMBERED] = name;
+      const uint32_t at = access.added++;
+      access.sectors[at == 0 ? 0 : 1 + (at - 1) % (REMEMBERED - 1)] = name;
       added++;
     }
     return added;
@@ -39,11 +40,12 @@ class WarpTraffic {
   void clear() { sites_.clear(); }
 
  private:
-  // Lanes come in their order and neighbours touch neighbouring sectors: the last few are enough to know them again.
-  enum : unsigned { SECTOR_BYTES = 32, REMEMBERED = 3, LANES = 32 };
+  // Lanes come in their order and neighbours touch neighbouring sectors: the last few are enough to know them again,
+  // and the first, for behind a barrier the lane that came to it last goes on first.
+  enum : unsigned { SECTOR_BYTES = 32, REMEMBERED = 4, LANES = 32 };
   struct Access {
     uint32_t sectors[REMEMBERED] = {};
-    uint32_t oldest = 0;
+    uint32_t added = 0;
   };
   struct Site {
     const void* instruction;

@@ -229,3 +229,118 @@ fn a_copy_on_the_device_copies_what_is_known() {
         );
     }
 }
+
+// ---- clusters -------------------------------------------------------------------------------------------------------
+
+/// As [`run`], in a cluster of both blocks; `mine` and `theirs` are the two blocks' shared memory, zero at first.
+fn run_cluster(body: &str) -> Result<Vec<f32>, String> {
+    let (context, stream) = device("h200");
+    let source = format!(
+        "{ARGUMENTS}CLUSTER_KERNEL(shared, Arguments, 64, 2) {{\nfloat* const mine = (float*)shared_memory();\n\
+         const u32 i = threadIdx.x; mine[i] = 0; cluster_barrier(); const auto theirs = remote(mine, 1 - \
+         cluster_rank());\n{body}\n}}"
+    );
+    let function = kernel(&context, &source, "shared");
+    let a = stream.clone_htod(&[1.0f32; 128]).unwrap();
+    let arguments = Arguments {
+        a: address(&a, &stream),
+        ..Default::default()
+    };
+    match launch(&stream, &function, shape(2, 64, 512), arguments) {
+        Ok(()) => Ok(stream.clone_dtoh(&a).unwrap()),
+        Err(_) => Err(emulator::last_fault().expect("a message")),
+    }
+}
+
+#[track_caller]
+fn found_in_cluster(body: &str, words: &str) {
+    let text = run_cluster(body).expect_err(body);
+    assert!(text.contains(words), "{words:?} is not in: {text}");
+}
+
+#[track_caller]
+fn ordered_in_cluster(body: &str) {
+    if let Err(text) = run_cluster(body) {
+        panic!("{body}\n{text}");
+    }
+}
+
+#[test]
+fn distributed_shared_memory_needs_a_cluster_barrier() {
+    let body = |between: &str| {
+        format!(
+            "mine[i] = i;\n{between}\nconst float x = load_remote<1>(theirs, 63 - i).lane[0];\n\
+                 cluster_barrier(); arguments.a[64 * blockIdx.x + i] = x;"
+        )
+    };
+    ordered_in_cluster(&body("cluster_barrier();"));
+    found_in_cluster(&body(""), "race: ");
+    // A barrier of the block is none of the cluster's.
+    found_in_cluster(&body("block_barrier();"), "race: ");
+}
+
+#[test]
+fn a_remote_store_must_not_meet_the_owners_load() {
+    let body = |between: &str| {
+        format!(
+            "store_remote<1>(theirs, i, Vector<float, 1>{{{{1}}}});\n{between}\n\
+                 arguments.a[64 * blockIdx.x + i] = mine[i]; cluster_barrier();"
+        )
+    };
+    ordered_in_cluster(&body("cluster_barrier();"));
+    found_in_cluster(&body(""), "race: ");
+}
+
+#[test]
+fn a_cluster_barrier_orders_what_came_before_arriving_only() {
+    ordered_in_cluster("mine[i] = i; cluster_arrive(); cluster_wait(); load_remote<1>(theirs, i); cluster_barrier();");
+    found_in_cluster(
+        "cluster_arrive(); mine[i] = i; cluster_wait(); load_remote<1>(theirs, i); cluster_barrier();",
+        "race: ",
+    );
+    // What the block's barrier shows after the wait of one of its threads, the others may count on.
+    ordered_in_cluster(
+        "mine[i] = i; cluster_arrive(); cluster_wait(); block_barrier();\n\
+         load_remote<1>(theirs, 63 - i); cluster_barrier(); mine[i] = 1; cluster_barrier();",
+    );
+    found_in_cluster(
+        "cluster_barrier(); load_remote<1>(theirs, 63 - i); mine[i] = 1; cluster_barrier();",
+        "race: ",
+    );
+}
+
+#[test]
+fn global_memory_is_ordered_by_cluster_barriers() {
+    let body = |between: &str| {
+        format!(
+            "arguments.a[64 * blockIdx.x + i] = i;\n{between}\n\
+                 mine[i] = arguments.a[(64 * blockIdx.x + i + 64) % 128]; cluster_barrier();"
+        )
+    };
+    ordered_in_cluster(&body("cluster_barrier();"));
+    found_in_cluster(&body(""), "race: ");
+}
+
+#[test]
+fn a_buffer_is_not_copied_into_while_others_load_from_it() {
+    let body = |between: &str| {
+        format!(
+            "u64* const barrier = (u64*)(mine + 64);\nif (i == 0) mbarrier_init(barrier, 1);\nblock_barrier();\n\
+             for (u32 round = 0; round < 2; round++) {{\n\
+               if (i == 0) {{ mbarrier_arrive(barrier, 256); bulk_copy(mine, arguments.a, 256, barrier); }}\n\
+               mbarrier_wait(barrier, round);\nmine[63 - i] == 2.0f ? store<1>(arguments.a + i, Vector<float, 1>{{}}) : void();\n\
+               {between}\n}}"
+        )
+    };
+    ordered_in_cluster(&body("block_barrier();"));
+    found_in_cluster(&body(""), "race: ");
+}
+
+#[test]
+fn an_mbarrier_is_shown_before_it_is_used() {
+    found_in_cluster(
+        "u64* const barrier = (u64*)(mine + 64);\nif (cluster_rank() == 0) return;\n\
+         if (i == 63) mbarrier_init(barrier, 64);\nmbarrier_arrive(barrier, 0);",
+        "race: ",
+    );
+}
