@@ -142,7 +142,7 @@ struct Gang {
   // Takes up a launch with so many blocks at a time; false if the host has no memory for them.
   bool prepare(LaunchState& state, unsigned block_count);
   // Runs the blocks from this one on to their end, or to a fault.
-  void run(uint64_t first_block);
+  void run(uint64_t first);
 
   const KernelLaunch& launch() const { return state->launch; }
   void make_ready(Thread& thread);
@@ -194,7 +194,7 @@ struct Gang {
 
  private:
   Thread* next();
-  void start_blocks(uint64_t first_block);
+  void start_blocks(uint64_t first);
   void report_deadlock();
 
   Fiber home_;                  // run()'s own

@@ -190,14 +190,17 @@ bool DeviceMemory::contains(CUdeviceptr address, size_t bytes) {
 }
 
 DeviceMemory::Part DeviceMemory::part_of(CUdeviceptr address) {
-  const auto entry = std::prev(live_.upper_bound(address));
-  return {entry->second.shadow, address - entry->first};
+  const auto after = live_.upper_bound(address);
+  if (after == live_.begin()) return {nullptr, 0};
+  const auto entry = std::prev(after);
+  const size_t offset = address - entry->first;
+  return {offset < entry->second.bytes ? entry->second.shadow : nullptr, offset};
 }
 
 void DeviceMemory::mark_written(CUdeviceptr address, size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   const Part part = part_of(address);
-  part.shadow->mark_written(part.offset, bytes);
+  if (part.shadow) part.shadow->mark_written(part.offset, bytes);
 }
 
 void DeviceMemory::copy_written(CUdeviceptr to, DeviceMemory& from_memory, CUdeviceptr from, size_t bytes) {
@@ -208,7 +211,9 @@ void DeviceMemory::copy_written(CUdeviceptr to, DeviceMemory& from_memory, CUdev
     std::lock(lock, other);
   }
   const Part source = from_memory.part_of(from), target = part_of(to);
-  target.shadow->copy_written(target.offset, *source.shadow, source.offset, bytes);
+  if (source.shadow && target.shadow) {
+    target.shadow->copy_written(target.offset, *source.shadow, source.offset, bytes);
+  }
 }
 
 uint32_t DeviceMemory::next_launch() {

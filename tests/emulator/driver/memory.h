@@ -69,7 +69,7 @@ class DeviceMemory {
     size_t block_bytes;  // nonzero where it was mapped rather than taken from the heap
     Shadow* shadow;
   };
-  // A range of live memory with its shadow; the bytes must lie in one allocation.
+  // An address of live memory with its shadow: none where a graph outlives the memory that it copies to.
   struct Part {
     Shadow* shadow;
     size_t offset;

@@ -265,11 +265,10 @@ void Gang::maybe_pre_empt(Thread& thread) {
   leave(thread);
 }
 
-void Gang::start_blocks(uint64_t first_block) {
+void Gang::start_blocks(uint64_t first) {
   const unsigned block_threads = blocks[0].threads;
-  // Threads are told apart by 24 bits: in a launch of more than that, those beyond have no clock to be ordered by.
   const Stamp launch_stamp = Stamp(state->launch.number) << STAMP_LAUNCH_BIT;
-  this->first_block = first_block;
+  first_block = first;
   grid_clock = 0;
   random_state = mix(state->launch.seed ^ mix(first_block));
   for (size_t i = 0; i < blocks.size(); i++) {
@@ -298,6 +297,7 @@ void Gang::start_blocks(uint64_t first_block) {
   ready_first_ = ready_count_ = 0;
   for (Thread& thread : threads) {
     const uint64_t number = uint64_t(thread.block->number) * block_threads + thread.number;
+    // Of the largest launches, threads beyond what a stamp can name make accesses without stamps.
     const Stamp clock = number < STAMP_THREADS ? 0 : STAMP_LAST_CLOCK;
     thread.stamp = launch_stamp | (number % STAMP_THREADS) << STAMP_THREAD_BIT | clock << STAMP_CLOCK_BIT;
     thread.cluster_arrivals = thread.cluster_waits = 0;
@@ -347,8 +347,8 @@ void Gang::leave(Thread& thread) {
   fiber_switch(thread.fiber, successor ? successor->fiber : home_, state->portable_fibers);
 }
 
-void Gang::run(uint64_t first_block) {
-  start_blocks(first_block);
+void Gang::run(uint64_t first) {
+  start_blocks(first);
   for (;;) {
     if (Thread* thread = next()) {
       current_thread = thread;
