@@ -137,7 +137,7 @@ fn results_do_not_depend_on_the_schedule() {
                     }
                     // Both types by turns, each over all of its steps.
                     let turn = (seed / 2) as usize;
-                    if seed % 2 == 0 {
+                    if seed.is_multiple_of(2) {
                         single[turn % single.len()].check(&device, seed);
                     } else {
                         half[turn % half.len()].check(&device, seed);
