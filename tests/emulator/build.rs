@@ -10,7 +10,7 @@ use std::process::Command;
 const DRIVER_NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 const NVRTC_NAMES: [&str; 3] = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"];
 
-const DRIVER_SOURCES: [&str; 10] = [
+const DRIVER_SOURCES: [&str; 12] = [
     "access.cpp",
     "barriers.cpp",
     "capture.cpp",
@@ -20,6 +20,8 @@ const DRIVER_SOURCES: [&str; 10] = [
     "launch.cpp",
     "memory.cpp",
     "module.cpp",
+    "races.cpp",
+    "shadow.cpp",
     "simt.cpp",
 ];
 const NVRTC_SOURCES: [&str; 1] = ["nvrtc.cpp"];

@@ -3,29 +3,27 @@
 // There are two ways in. The functions of device.cuh for global memory call stand_in_load and stand_in_store. All other
 // accesses, to shared memory above all, are reported by the compiler's own instrumentation: kernels are compiled for
 // its thread sanitizer, but linked without its runtime, and the __tsan_ functions it would call are those at the end.
+#include <algorithm>
 #include <cstring>
 
 #include "gang.h"
 
 namespace {
 
-enum class Direction { LOAD, STORE };
-
-const char* verb(Direction direction) { return direction == Direction::LOAD ? "load" : "store"; }
-
 bool aligned(uintptr_t address, size_t bytes) { return (address & (bytes - 1)) == 0; }
 
-bool recently_accessed(const Gang& gang, uintptr_t address, size_t bytes) {
+// The allocation that holds these bytes, if it was accessed lately.
+const AddressRange* recent_range(const Gang& gang, uintptr_t address, size_t bytes) {
   for (const AddressRange& range : gang.recent_ranges) {
-    if (range.contains(address, bytes)) return true;
+    if (range.contains(address, bytes)) return &range;
   }
-  return false;
+  return nullptr;
 }
 
 // Global memory: inside one live allocation, or the launch ends.
-void check_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
+const AddressRange& check_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
   Gang& gang = *thread.gang;
-  if (recently_accessed(gang, address, bytes)) return;
+  if (const AddressRange* recent = recent_range(gang, address, bytes)) return *recent;
   const MemoryMap& memory = *gang.launch().memory;
   const AddressRange* range = memory.find(address);
   if (!range || range->freed || !range->contains(address, bytes)) {
@@ -33,10 +31,17 @@ void check_global(Thread& thread, uintptr_t address, size_t bytes, Direction dir
           memory.explain(address, bytes).c_str());
   }
   gang.recent_ranges[gang.oldest_range++ % Gang::RECENT_RANGES] = *range;
+  return *range;
 }
 
-void count_global(Gang& gang, size_t bytes, Direction direction) {
-  (direction == Direction::LOAD ? gang.bytes_loaded : gang.bytes_stored) += bytes;
+void count_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, const void* instruction) {
+  Gang& gang = *thread.gang;
+  const bool load = direction == Direction::LOAD;
+  (load ? gang.bytes_loaded : gang.bytes_stored) += bytes;
+  // What a warp does at once can be put together only while its lanes run in their order.
+  if (gang.shuffled) return;
+  WarpTraffic& traffic = load ? thread.warp->loads : thread.warp->stores;
+  (load ? gang.sectors_loaded : gang.sectors_stored) += traffic.add(thread.lane, instruction, address, unsigned(bytes));
 }
 
 void check_alignment(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
@@ -60,19 +65,24 @@ void check_stack(Thread& thread, Origin origin) {
         size_t(STACK_BYTES));
 }
 
-void __attribute__((noinline)) check_new_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction,
-                                                StandInPlace place) {
+const AddressRange& __attribute__((noinline)) check_new_global(Thread& thread, uintptr_t address, size_t bytes,
+                                                               Direction direction, StandInPlace place) {
   check_stack(thread, at(place));
   check_alignment(thread, address, bytes, direction, at(place));
-  check_global(thread, address, bytes, direction, at(place));
+  return check_global(thread, address, bytes, direction, at(place));
 }
 
 // An access by a function of device.cuh. Nearly all go where others went before, and nothing is wrong with them.
-inline void access_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, StandInPlace place) {
-  if (!recently_accessed(*thread.gang, address, bytes) || !aligned(address, bytes) || !stack_suffices(thread)) {
-    check_new_global(thread, address, bytes, direction, place);
+inline void access_global(Thread& thread, uintptr_t address, size_t bytes, Direction direction, StandInPlace place,
+                          const void* instruction, bool atomic = false) {
+  Gang& gang = *thread.gang;
+  if (gang.shuffled) gang.maybe_pre_empt(thread);
+  const AddressRange* range = recent_range(gang, address, bytes);
+  if (!range || !aligned(address, bytes) || !stack_suffices(thread)) {
+    range = &check_new_global(thread, address, bytes, direction, place);
   }
-  count_global(*thread.gang, bytes, direction);
+  check_global_order(thread, *range, address, bytes, direction, at(place), atomic);
+  count_global(thread, address, bytes, direction, instruction);
 }
 
 bool in_shared(const Gang& gang, uintptr_t address) {
@@ -91,6 +101,10 @@ Block& check_shared(Thread& thread, uintptr_t address, size_t bytes, Direction d
           begin + bytes, gang.launch().shared_bytes);
   }
   return owner;
+}
+
+size_t shared_offset(const Gang& gang, uintptr_t address) {
+  return address - reinterpret_cast<uintptr_t>(gang.shared_begin);
 }
 
 void check_own_shared(Thread& thread, uintptr_t address, size_t bytes, Direction direction, Origin origin) {
@@ -115,7 +129,7 @@ void check_remote(Thread& thread, uintptr_t address, size_t bytes, Direction dir
     fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "%s of distributed shared memory out of bounds",
           verb(direction));
   }
-  const Block& owner = check_shared(thread, address, bytes, direction, at(place));
+  Block& owner = check_shared(thread, address, bytes, direction, at(place));
   if (owner.cluster != thread.block->cluster) {
     fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place), "%s of shared memory of another cluster", verb(direction));
   }
@@ -129,6 +143,16 @@ void check_remote(Thread& thread, uintptr_t address, size_t bytes, Direction dir
     fault(thread, CUDA_ERROR_ILLEGAL_ADDRESS, at(place),
           "%s of the shared memory of block %u of the cluster, which has exited", verb(direction), owner.rank);
   }
+  // Where the owner exits before the next barrier, it is luck that it has not yet done so.
+  owner.visitor = &thread;
+  owner.visitor_leaves = std::max(owner.visitor_leaves, thread.cluster_arrivals + 1);
+}
+
+void access_remote(Thread& thread, uintptr_t address, size_t bytes, Direction direction, StandInPlace place) {
+  Gang& gang = *thread.gang;
+  if (gang.shuffled) gang.maybe_pre_empt(thread);
+  check_remote(thread, address, bytes, direction, place);
+  check_shared_order(thread, shared_offset(gang, address), bytes, direction, at(place));
 }
 
 void __attribute__((noinline)) access_outside_stack(Thread& thread, uintptr_t address, size_t bytes,
@@ -137,10 +161,15 @@ void __attribute__((noinline)) access_outside_stack(Thread& thread, uintptr_t ad
   const Origin origin = {{"", 0}, instruction};
   check_stack(thread, origin);
   if (expect_aligned) check_alignment(thread, address, bytes, direction, origin);
-  if (in_shared(gang, address)) return check_own_shared(thread, address, bytes, direction, origin);
+  if (gang.shuffled) gang.maybe_pre_empt(thread);
+  if (in_shared(gang, address)) {
+    check_own_shared(thread, address, bytes, direction, origin);
+    return check_shared_order(thread, shared_offset(gang, address), bytes, direction, origin);
+  }
   if (direction == Direction::LOAD && gang.launch().image->holds(address)) return;
-  check_global(thread, address, bytes, direction, origin);
-  count_global(gang, bytes, direction);
+  const AddressRange& range = check_global(thread, address, bytes, direction, origin);
+  check_global_order(thread, range, address, bytes, direction, origin);
+  count_global(thread, address, bytes, direction, instruction);
 }
 
 // An access that the compiler reported: of memory, or of a variable of the thread's own that has an address.
@@ -199,20 +228,23 @@ unsigned char* stand_in_shared_memory() { return current_thread->block->shared; 
 
 StandInBits stand_in_load(const void* from, unsigned bytes, StandInCaching, StandInPlace place) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(from);
-  access_global(*current_thread, address, bytes, Direction::LOAD, place);
+  access_global(*current_thread, address, bytes, Direction::LOAD, place, __builtin_return_address(0));
   return read_bits(address, bytes);
 }
 
 void stand_in_store(void* to, StandInBits value, unsigned bytes, StandInCaching, StandInPlace place) {
-  access_global(*current_thread, reinterpret_cast<uintptr_t>(to), bytes, Direction::STORE, place);
+  access_global(*current_thread, reinterpret_cast<uintptr_t>(to), bytes, Direction::STORE, place,
+                __builtin_return_address(0));
   copy_word(to, &value, bytes);
 }
 
 unsigned stand_in_arrive(unsigned* counter, StandInPlace place) {
+  Thread& thread = *current_thread;
   const uintptr_t address = reinterpret_cast<uintptr_t>(counter);
-  access_global(*current_thread, address, sizeof *counter, Direction::LOAD, place);
-  access_global(*current_thread, address, sizeof *counter, Direction::STORE, place);
-  return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
+  const void* const instruction = __builtin_return_address(0);
+  access_global(thread, address, sizeof *counter, Direction::LOAD, place, instruction, true);
+  access_global(thread, address, sizeof *counter, Direction::STORE, place, instruction, true);
+  return arrive_in_order(thread, counter);
 }
 
 const void* stand_in_remote(const void* local, unsigned rank, StandInPlace place) {
@@ -229,12 +261,12 @@ const void* stand_in_remote(const void* local, unsigned rank, StandInPlace place
 
 StandInBits stand_in_load_remote(const void* from, unsigned bytes, StandInPlace place) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(from);
-  check_remote(*current_thread, address, bytes, Direction::LOAD, place);
+  access_remote(*current_thread, address, bytes, Direction::LOAD, place);
   return read_bits(address, bytes);
 }
 
 void stand_in_store_remote(void* to, StandInBits value, unsigned bytes, StandInPlace place) {
-  check_remote(*current_thread, reinterpret_cast<uintptr_t>(to), bytes, Direction::STORE, place);
+  access_remote(*current_thread, reinterpret_cast<uintptr_t>(to), bytes, Direction::STORE, place);
   copy_word(to, &value, bytes);
 }
 
@@ -254,8 +286,12 @@ void stand_in_bulk_copy(void* shared, const void* global, unsigned bytes, unsign
     fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "bulk_copy with an mbarrier that was not initialised");
   }
   if (bytes == 0) return;
-  check_global(thread, from, bytes, Direction::LOAD, at(place));
-  count_global(gang, bytes, Direction::LOAD);
+  const AddressRange& range = check_global(thread, from, bytes, Direction::LOAD, at(place));
+  check_global_order(thread, range, from, bytes, Direction::LOAD, at(place));
+  begin_copy(thread, shared_offset(gang, reinterpret_cast<uintptr_t>(shared)), bytes, at(place));
+  // No instruction of a warp: the copy moves every sector once.
+  gang.bytes_loaded += bytes;
+  if (!gang.shuffled) gang.sectors_loaded += (from + bytes + 31) / 32 - from / 32;
   memset(shared, 0xff, bytes);  // until the copy ends there is nothing to be read
   gang.copies.push_back({static_cast<unsigned char*>(shared), global, bytes, key});
 }

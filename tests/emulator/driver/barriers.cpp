@@ -1,4 +1,5 @@
 // Where threads meet: warps, blocks, clusters, the grid, and mbarriers.
+#include <algorithm>
 #include <cstring>
 
 #include "gang.h"
@@ -26,6 +27,41 @@ unsigned source_lane(const Thread& thread) {
   return thread.lane;
 }
 
+// The lanes of the mask know of each other what they did so far, and of others what any of them knew.
+void meet_in_warp(Warp& warp, unsigned mask) {
+  if (warp.known.empty()) warp.known.resize(WARP_LANES * WARP_LANES);
+  const uint32_t clock = meet(warp.first, warp.lanes, mask);
+  Knowledge acquired;
+  for (unsigned lane = 0; lane < warp.lanes; lane++) {
+    if (!(mask & bit(lane))) continue;
+    acquired.join(warp.first[lane].acquired);
+    for (unsigned other = 0; other < warp.lanes; other++) {
+      if (mask & bit(other)) warp.known[lane * WARP_LANES + other] = clock;
+    }
+  }
+  if (acquired.empty()) return;
+  for (unsigned lane = 0; lane < warp.lanes; lane++) {
+    if (mask & bit(lane)) warp.first[lane].acquired.join(acquired);
+  }
+}
+
+// All threads of the block have come: each knows what any of them did and knew.
+void meet_in_block(Block& block) {
+  block.barrier_clock = meet(block.first, block.threads);
+  for (unsigned i = 0; i < block.threads; i++) {
+    Thread& thread = block.first[i];
+    block.cluster_waits = std::max(block.cluster_waits, thread.cluster_waits);
+    if (thread.acquired.empty()) continue;
+    block.acquired.join(thread.acquired);
+    thread.acquired.clear();
+  }
+  if (block.first->gang->shuffled) return;
+  for (unsigned i = 0; i < block.threads; i += WARP_LANES) {
+    block.first[i].warp->loads.meet();
+    block.first[i].warp->stores.meet();
+  }
+}
+
 // All lanes of the mask have come, `last` among them: exchanges their values.
 void exchange(Warp& warp, unsigned mask, Thread& last, StandInPlace place) {
   unsigned ballot = 0;
@@ -38,6 +74,8 @@ void exchange(Warp& warp, unsigned mask, Thread& last, StandInPlace place) {
     }
     if (thread.request.value.low) ballot |= bit(lane);
   }
+  // Of the operations of a warp only its barrier orders memory.
+  if (last.request.operation == STAND_IN_WARP_BARRIER) meet_in_warp(warp, mask);
   for (unsigned lane = 0; lane < warp.lanes; lane++) {
     if (!(mask & bit(lane))) continue;
     Thread& thread = warp.first[lane];
@@ -59,6 +97,10 @@ Mbarrier& find_mbarrier(Thread& thread, const void* barrier, StandInPlace place)
   if (found == thread.gang->mbarriers.end()) {
     fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "the mbarrier was not initialised");
   }
+  // Whoever uses it must have been shown that it was initialised.
+  const Gang& gang = *thread.gang;
+  const size_t offset = size_t(static_cast<const unsigned char*>(barrier) - gang.shared_begin);
+  check_shared_order(thread, offset, sizeof(uint64_t), Direction::LOAD, at(place));
   return found->second;
 }
 
@@ -118,6 +160,7 @@ void stand_in_block_barrier(StandInPlace place) {
   // Threads that have exited are missed for ever: the kernel is wrong, and the deadlock is reported.
   if (++block.at_barrier < block.threads) return thread.gang->wait(thread, State::AT_BLOCK_BARRIER, place);
   block.at_barrier = 0;
+  meet_in_block(block);
   for (unsigned i = 0; i < block.threads; i++) {
     if (&block.first[i] != &thread) thread.gang->make_ready(block.first[i]);
   }
@@ -137,6 +180,7 @@ void stand_in_grid_barrier(unsigned* counter, StandInPlace place) {
   }
   if (++gang.grid_arrived < gang.threads.size()) return gang.wait(thread, State::AT_GRID_BARRIER, place);
   gang.grid_arrived = 0;
+  gang.grid_clock = meet(gang.threads.data(), unsigned(gang.threads.size()));
   for (Thread& other : gang.threads) {
     if (&other != &thread) gang.make_ready(other);
   }
@@ -149,6 +193,7 @@ void stand_in_cluster_arrive(StandInPlace place) {
     fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "cluster_arrive twice without cluster_wait");
   }
   thread.cluster_arrivals++;
+  thread.arrival_clocks[thread.cluster_arrivals % Thread::PHASES] = tick(thread);
   if (++cluster.arrived < cluster.threads) return;
   cluster.arrived = 0;
   cluster.phase++;
@@ -170,7 +215,7 @@ void stand_in_mbarrier_init(unsigned long long* barrier, unsigned arrivals, Stan
   Thread& thread = *current_thread;
   // The store tells the checks of shared memory what the barrier occupies.
   stand_in_store_remote(barrier, {0, 0}, sizeof *barrier, place);
-  thread.gang->mbarriers[reinterpret_cast<uintptr_t>(barrier)] = {arrivals, arrivals, 0, 0, {}};
+  thread.gang->mbarriers[reinterpret_cast<uintptr_t>(barrier)] = {arrivals, arrivals, 0, 0, {}, {}};
 }
 
 void stand_in_mbarrier_arrive(unsigned long long* barrier, unsigned expected_bytes, StandInPlace place) {
@@ -180,6 +225,7 @@ void stand_in_mbarrier_arrive(unsigned long long* barrier, unsigned expected_byt
     fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "more arrivals at the mbarrier than the %u it was made for",
           found.arrivals);
   }
+  release(thread, found.released);
   found.pending--;
   found.missing_bytes += expected_bytes;
   finish_phase(*thread.gang, found);
@@ -192,5 +238,6 @@ void stand_in_mbarrier_wait(unsigned long long* barrier, unsigned parity, StandI
     found.waiters.push_back(&thread);
     thread.gang->wait(thread, State::AT_MBARRIER, place);
   }
+  thread.acquired.join(found.released);
 }
 }

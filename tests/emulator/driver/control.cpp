@@ -24,6 +24,7 @@ struct LaunchView {
   unsigned shared_bytes;
   unsigned cooperative;
   uint64_t bytes_loaded, bytes_stored;
+  uint64_t sectors_loaded, sectors_stored;
 };
 
 void read(const CallCounts& counts, uint64_t* into) {
@@ -56,8 +57,9 @@ CUresult stand_in_take_launches(CUstream handle, void (*each)(const LaunchView*,
     taken.swap(activity.launches);
   }
   for (const LaunchRecord& launch : taken) {
-    const LaunchView view = {launch.kernel.c_str(), launch.grid,        launch.block,        launch.cluster,
-                             launch.shared_bytes,   launch.cooperative, launch.bytes_loaded, launch.bytes_stored};
+    const LaunchView view = {launch.kernel.c_str(), launch.grid,          launch.block,        launch.cluster,
+                             launch.shared_bytes,   launch.cooperative,   launch.bytes_loaded, launch.bytes_stored,
+                             launch.sectors_loaded, launch.sectors_stored};
     each(&view, user);
   }
   return CUDA_SUCCESS;
@@ -100,6 +102,9 @@ CUresult stand_in_set_empty_launches(CUcontext handle, bool empty) {
   context->empty_launches = empty;
   return CUDA_SUCCESS;
 }
+
+// For the launches of the calling thread: a random schedule that belongs to the seed, or the usual one.
+void stand_in_set_schedule(bool shuffled, uint64_t seed) { thread_schedule() = {shuffled, seed}; }
 
 // Calls back with the last fault of a kernel that the calling thread launched, if any, and forgets it.
 void stand_in_take_fault(void (*each)(const char*, void*), void* user) {

@@ -47,8 +47,8 @@ CUresult create_stream(CUstream* handle, int priority) {
 }
 
 // The streams and contexts of copies: `stream` is null for the calls without one, which work on the current context.
-CUresult copy(Stream* stream, Call kind, const std::function<void()>& carry_out, CUdeviceptr first, CUdeviceptr second,
-              size_t bytes) {
+CUresult copy(Stream* stream, Call kind, const std::function<void(DeviceMemory&)>& carry_out, CUdeviceptr first,
+              CUdeviceptr second, size_t bytes) {
   Context* context = stream ? stream->context : current;
   if (!context) return CUDA_ERROR_INVALID_CONTEXT;
   CUresult status = stream ? CUDA_SUCCESS : refuse_while_capturing();
@@ -59,12 +59,12 @@ CUresult copy(Stream* stream, Call kind, const std::function<void()>& carry_out,
     return CUDA_ERROR_INVALID_VALUE;
   if (!stream) {
     count(kind, *context);
-    carry_out();
+    carry_out(context->memory);
     return CUDA_SUCCESS;
   }
   count(kind, *stream);
-  return submit(*stream, [carry_out](Stream&) {
-    carry_out();
+  return submit(*stream, [carry_out](Stream& on) {
+    carry_out(on.context->memory);
     return CUDA_SUCCESS;
   });
 }
@@ -73,27 +73,43 @@ void* pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
 
 CUresult copy_to_device(Stream* stream, CUdeviceptr to, const void* from, size_t bytes) {
   if (!from && bytes) return CUDA_ERROR_INVALID_VALUE;
-  return copy(stream, Call::HOST_COPY, [=] { memcpy(pointer(to), from, bytes); }, to, to, bytes);
+  const auto carry_out = [=](DeviceMemory& memory) {
+    memcpy(pointer(to), from, bytes);
+    memory.mark_written(to, bytes);
+  };
+  return copy(stream, Call::HOST_COPY, carry_out, to, to, bytes);
 }
 
 CUresult copy_to_host(Stream* stream, void* to, CUdeviceptr from, size_t bytes) {
   if (!to && bytes) return CUDA_ERROR_INVALID_VALUE;
-  return copy(stream, Call::HOST_COPY, [=] { memcpy(to, pointer(from), bytes); }, from, from, bytes);
+  return copy(stream, Call::HOST_COPY, [=](DeviceMemory&) { memcpy(to, pointer(from), bytes); }, from, from, bytes);
 }
 
 CUresult copy_on_device(Stream* stream, CUdeviceptr to, CUdeviceptr from, size_t bytes) {
-  return copy(stream, Call::DEVICE_COPY, [=] { memmove(pointer(to), pointer(from), bytes); }, from, to, bytes);
+  const auto carry_out = [=](DeviceMemory& memory) {
+    memmove(pointer(to), pointer(from), bytes);
+    memory.copy_written(to, memory, from, bytes);
+  };
+  return copy(stream, Call::DEVICE_COPY, carry_out, from, to, bytes);
 }
 
 CUresult fill(Stream* stream, CUdeviceptr to, unsigned char value, size_t bytes) {
-  return copy(stream, Call::MEMSET, [=] { memset(pointer(to), value, bytes); }, to, to, bytes);
+  const auto carry_out = [=](DeviceMemory& memory) {
+    memset(pointer(to), value, bytes);
+    memory.mark_written(to, bytes);
+  };
+  return copy(stream, Call::MEMSET, carry_out, to, to, bytes);
 }
 
 template <class Value>
 CUresult fill_words(Stream* stream, CUdeviceptr to, Value value, size_t words) {
   if (to % sizeof(Value)) return CUDA_ERROR_INVALID_VALUE;
   Value* first = static_cast<Value*>(pointer(to));
-  return copy(stream, Call::MEMSET, [=] { std::fill(first, first + words, value); }, to, to, words * sizeof(Value));
+  const auto carry_out = [=](DeviceMemory& memory) {
+    std::fill(first, first + words, value);
+    memory.mark_written(to, words * sizeof(Value));
+  };
+  return copy(stream, Call::MEMSET, carry_out, to, to, words * sizeof(Value));
 }
 
 CUresult allocate(CUdeviceptr* address, size_t bytes) {
@@ -192,6 +208,11 @@ Context* current_context() { return current; }
 CallCounts& thread_calls() {
   thread_local CallCounts counts;
   return counts;
+}
+
+Schedule& thread_schedule() {
+  thread_local Schedule schedule;
+  return schedule;
 }
 
 std::string& thread_fault() {
@@ -596,6 +617,7 @@ CUresult cuMemcpyPeerAsync(CUdeviceptr to, CUcontext to_handle, CUdeviceptr from
     count(Call::DEVICE_COPY, stream);
     return submit(stream, [=](Stream&) {
       memmove(pointer(to), pointer(from), bytes);
+      if (bytes) to_context->memory.copy_written(to, from_context->memory, from, bytes);
       return CUDA_SUCCESS;
     });
   });

@@ -38,6 +38,7 @@ struct LaunchRecord {
   unsigned shared_bytes;
   bool cooperative;
   uint64_t bytes_loaded, bytes_stored;
+  uint64_t sectors_loaded, sectors_stored;
 };
 
 // What happened on a stream.
@@ -131,6 +132,13 @@ extern HandleTable<Graph, 0x17> graph_exec_handles;
 Context* current_context();
 CallCounts& thread_calls();
 std::string& thread_fault();
+
+// In which order the launches of the calling thread run their threads.
+struct Schedule {
+  bool shuffled = false;
+  uint64_t seed = 0;
+};
+Schedule& thread_schedule();
 
 // A null handle means the null stream of the current context.
 Stream* find_stream(CUstream handle);

@@ -8,7 +8,10 @@
 #include <unordered_map>
 #include <vector>
 
+#include "coalescing.h"
 #include "fiber.h"
+#include "order.h"
+#include "shadow.h"
 #include "simt.h"
 
 enum { WARP_LANES = 32 };
@@ -41,6 +44,9 @@ struct Warp {
   Thread* first;
   unsigned lanes;
   std::vector<Meeting> meetings;
+  // [lane][other]: the other lane's clock when both last met at a warp barrier; empty before any.
+  std::vector<uint32_t> known;
+  WarpTraffic loads, stores;
 };
 
 struct Cluster {
@@ -60,6 +66,13 @@ struct Block {
   StandInPlace barrier_place;
   unsigned char* shared;
   Cluster* cluster;
+  uint32_t number;         // in the launch, in the order in which blocks are begun
+  uint32_t barrier_clock;  // everybody's at the last block barrier
+  unsigned cluster_waits;  // most of any thread before the last block barrier
+  Knowledge acquired;      // of any thread before the last block barrier
+  // Who of another block accessed this one's shared memory last, and the cluster barrier after which that is over.
+  const Thread* visitor;
+  unsigned visitor_leaves;
 };
 
 struct Thread {
@@ -77,6 +90,11 @@ struct Thread {
   unsigned cluster_arrivals, cluster_waits;
   unsigned* grid_counter;
   char* stack;
+  Stamp stamp;  // of an access made now, without the bytes
+  // The clock after arriving at the cluster's barrier, for the last phases: no thread is more than two behind another.
+  enum : unsigned { PHASES = 4 };
+  uint32_t arrival_clocks[PHASES];
+  Knowledge acquired;  // since the last block barrier
 };
 
 // An mbarrier's true state: the eight bytes in shared memory only stand for it.
@@ -85,6 +103,7 @@ struct Mbarrier {
   int64_t missing_bytes;
   unsigned phase;
   std::vector<Thread*> waiters;
+  Knowledge released;  // what those who arrived have done
 };
 
 struct BulkCopy {
@@ -94,14 +113,25 @@ struct BulkCopy {
   uintptr_t barrier;
 };
 
+// A place in the source: a line or, for accesses that the compiler reported, an instruction.
+struct Origin {
+  StandInPlace place;
+  const void* instruction;
+};
+
 // What the gangs of a launch share.
 struct LaunchState {
   const KernelLaunch& launch;
   bool portable_fibers;
   std::atomic<bool> failed{false};
-  std::mutex mutex;  // guards outcome
+  std::mutex mutex;  // guards outcome, counters, files
   KernelOutcome outcome;
+  std::unordered_map<uintptr_t, Knowledge> counters;  // what those have done who arrived at them
+  std::vector<const char*> files;                     // of the places below
 };
+
+// The source line of an access, or the instruction where the compiler reported it, in four bytes.
+PlaceCode code_of(Gang& gang, const Origin& origin);
 
 struct Gang {
   Gang() = default;
@@ -112,7 +142,7 @@ struct Gang {
   // Takes up a launch with so many blocks at a time; false if the host has no memory for them.
   bool prepare(LaunchState& state, unsigned block_count);
   // Runs the blocks from this one on to their end, or to a fault.
-  void run(uint64_t first_block);
+  void run(uint64_t first);
 
   const KernelLaunch& launch() const { return state->launch; }
   void make_ready(Thread& thread);
@@ -137,10 +167,34 @@ struct Gang {
   unsigned oldest_range = 0;
   uint64_t bytes_loaded = 0;
   uint64_t bytes_stored = 0;
+  uint64_t sectors_loaded = 0;
+  uint64_t sectors_stored = 0;
+
+  // What the checks of order know about the shared memory of all blocks.
+  struct SharedCell {
+    Stamp store, load, other_load;  // the last store, and the last loads of two threads since
+    PlaceCode store_place, load_place, other_load_place;
+  };
+  std::vector<SharedCell> shared_cells;       // one for each granule
+  std::vector<unsigned char> shared_written;  // the bytes of each granule that were ever written
+  uint64_t first_block = 0;                   // number in the launch of blocks[0]
+  uint32_t grid_clock = 0;                    // everybody's at the last grid barrier
+  const char* last_file = nullptr;            // that code_of looked up, with its number
+  uint32_t last_file_number = 0;
+
+  // Random schedules: whether this is one, and the state of its generator.
+  bool shuffled = false;
+  uint64_t random_state = 0;
+  uint64_t random();
+  // Lets another thread run, now and then.
+  void maybe_pre_empt(Thread& thread);
+  // Index in the grid of the block with this number in the launch.
+  StandInIndex block_index(uint64_t number) const;
+  void finish_copy(size_t which);
 
  private:
   Thread* next();
-  void start_blocks(uint64_t first_block);
+  void start_blocks(uint64_t first);
   void report_deadlock();
 
   Fiber home_;                  // run()'s own
@@ -163,14 +217,36 @@ enum : size_t {
   STACK_SLACK = 1 << 20,
 };
 
-// Ends the launch for what this thread did. The place is a source line or, for instrumented accesses, an instruction.
-struct Origin {
-  StandInPlace place;
-  const void* instruction;
-};
+// Ends the launch for what this thread did.
 [[noreturn]] void fault(Thread& thread, CUresult status, Origin origin, const char* format, ...)
     __attribute__((format(printf, 4, 5), cold));
 inline Origin at(StandInPlace place) { return {place, nullptr}; }
 
 // A new phase of the barrier begins if nothing is missing to the end of this one.
 void finish_phase(Gang& gang, Mbarrier& barrier);
+
+// ---- races.cpp -----------------------------------------------------------------------------------------------------
+
+enum class Direction { LOAD, STORE };
+inline const char* verb(Direction direction) { return direction == Direction::LOAD ? "load" : "store"; }
+
+// The access must not be able to meet another one, and must not load what nobody wrote. Global memory by its range,
+// shared memory by its offset in that of all blocks of the gang.
+void check_global_order(Thread& thread, const AddressRange& range, uintptr_t address, size_t bytes, Direction direction,
+                        Origin origin, bool atomic = false);
+void check_shared_order(Thread& thread, size_t offset, size_t bytes, Direction direction, Origin origin);
+// A bulk copy into shared memory begins or ends.
+void begin_copy(Thread& thread, size_t offset, size_t bytes, Origin origin);
+void end_copy(Gang& gang, size_t offset, size_t bytes);
+
+// The thread's clock moves on: what it did so far is told apart from what it does next.
+inline uint32_t tick(Thread& thread) {
+  if (clock_of(thread.stamp) != STAMP_LAST_CLOCK) thread.stamp += Stamp(1) << STAMP_CLOCK_BIT;
+  return clock_of(thread.stamp);
+}
+// Threads [first, first + count) that the mask names have met. Gives the clock that all of them have now.
+uint32_t meet(Thread* first, unsigned count, unsigned mask = ~0u);
+// What a thread shows to whoever acquires it later: everything it has done or knows of.
+void release(Thread& thread, Knowledge& into);
+// Both halves of an arrival at a counter in global memory, with the counting in between.
+unsigned arrive_in_order(Thread& thread, unsigned* counter);

@@ -68,15 +68,18 @@ void record(Stream& stream, LaunchRecord entry) {
 
 CUresult run(Stream& stream, const StandInKernel& kernel, const Image& image, const LaunchRequest& request,
              Extent3 cluster, void** arguments) {
-  const KernelOutcome outcome = run_kernel({&kernel, &image, request.grid, request.block, cluster, request.shared_bytes,
-                                            request.cooperative, arguments, stream.context->memory.map()});
+  DeviceMemory& memory = stream.context->memory;
+  const Schedule& schedule = thread_schedule();
+  const KernelOutcome outcome =
+      run_kernel({&kernel, &image, request.grid, request.block, cluster, request.shared_bytes, request.cooperative,
+                  arguments, memory.map(), memory.next_launch(), schedule.shuffled, schedule.seed});
   if (outcome.status != CUDA_SUCCESS) {
     fprintf(stderr, "stand-in driver: %s\n", outcome.fault.c_str());
     thread_fault() = outcome.fault;
     return outcome.status;
   }
   record(stream, {kernel.name, request.grid, request.block, cluster, request.shared_bytes, request.cooperative,
-                  outcome.bytes_loaded, outcome.bytes_stored});
+                  outcome.bytes_loaded, outcome.bytes_stored, outcome.sectors_loaded, outcome.sectors_stored});
   return CUDA_SUCCESS;
 }
 

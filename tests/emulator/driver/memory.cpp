@@ -108,6 +108,7 @@ DeviceMemory::~DeviceMemory() {
 }
 
 void DeviceMemory::give_back(const Allocation& allocation) {
+  delete allocation.shadow;
   if (allocation.block_bytes) {
     munmap(allocation.block, allocation.block_bytes);
   } else {
@@ -121,7 +122,9 @@ CUresult DeviceMemory::allocate(size_t bytes, CUdeviceptr* address) {
   if (bytes > limit_ || live_bytes_ > limit_ - bytes) return CUDA_ERROR_OUT_OF_MEMORY;
 
   // A margin on both sides keeps two allocations from touching: an index that runs over the end meets nothing valid.
-  Allocation allocation = {bytes, nullptr, 0};
+  std::unique_ptr<Shadow> shadow = Shadow::make(bytes);
+  if (!shadow) return CUDA_ERROR_OUT_OF_MEMORY;
+  Allocation allocation = {bytes, nullptr, 0, nullptr};
   uintptr_t begin;
   if (bytes < MAPPED_FROM) {
     allocation.block = aligned_alloc(ALIGNMENT, round_up(bytes, ALIGNMENT) + 2 * ALIGNMENT);
@@ -141,6 +144,7 @@ CUresult DeviceMemory::allocate(size_t bytes, CUdeviceptr* address) {
     allocation.block = block;
     begin = reinterpret_cast<uintptr_t>(block) + PAGE;
   }
+  allocation.shadow = shadow.release();
   live_[begin] = allocation;
   live_bytes_ += bytes;
   map_.reset();
@@ -153,7 +157,7 @@ CUresult DeviceMemory::release(CUdeviceptr address) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto entry = live_.find(address);
   if (entry == live_.end()) return CUDA_ERROR_INVALID_VALUE;
-  const Allocation allocation = entry->second;
+  Allocation allocation = entry->second;
   live_.erase(entry);
   live_bytes_ -= allocation.bytes;
   map_.reset();
@@ -162,6 +166,8 @@ CUresult DeviceMemory::release(CUdeviceptr address) {
     give_back(allocation);
     return CUDA_SUCCESS;
   }
+  delete allocation.shadow;
+  allocation.shadow = nullptr;
   quarantine_[address] = allocation;
   quarantine_order_.push_back(address);
   quarantine_bytes_ += allocation.bytes;
@@ -180,7 +186,43 @@ bool DeviceMemory::contains(CUdeviceptr address, size_t bytes) {
   auto after = live_.upper_bound(address);
   if (after == live_.begin()) return false;
   --after;
-  return AddressRange{after->first, after->second.bytes, false}.contains(address, bytes);
+  return AddressRange{after->first, after->second.bytes, false, nullptr}.contains(address, bytes);
+}
+
+DeviceMemory::Part DeviceMemory::part_of(CUdeviceptr address) {
+  const auto after = live_.upper_bound(address);
+  if (after == live_.begin()) return {nullptr, 0};
+  const auto entry = std::prev(after);
+  const size_t offset = address - entry->first;
+  return {offset < entry->second.bytes ? entry->second.shadow : nullptr, offset};
+}
+
+void DeviceMemory::mark_written(CUdeviceptr address, size_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const Part part = part_of(address);
+  if (part.shadow) part.shadow->mark_written(part.offset, bytes);
+}
+
+void DeviceMemory::copy_written(CUdeviceptr to, DeviceMemory& from_memory, CUdeviceptr from, size_t bytes) {
+  std::unique_lock<std::mutex> lock(mutex_, std::defer_lock), other(from_memory.mutex_, std::defer_lock);
+  if (this == &from_memory) {
+    lock.lock();
+  } else {
+    std::lock(lock, other);
+  }
+  const Part source = from_memory.part_of(from), target = part_of(to);
+  if (source.shadow && target.shadow) {
+    target.shadow->copy_written(target.offset, *source.shadow, source.offset, bytes);
+  }
+}
+
+uint32_t DeviceMemory::next_launch() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (++last_launch_ == STAMP_LAUNCHES) {
+    for (const auto& entry : live_) entry.second.shadow->forget_stamps();
+    last_launch_ = 1;
+  }
+  return last_launch_;
 }
 
 std::shared_ptr<const MemoryMap> DeviceMemory::map() {
@@ -188,8 +230,8 @@ std::shared_ptr<const MemoryMap> DeviceMemory::map() {
   if (!map_) {
     std::vector<AddressRange> ranges;
     ranges.reserve(live_.size() + quarantine_.size());
-    for (const auto& entry : live_) ranges.push_back({entry.first, entry.second.bytes, false});
-    for (const auto& entry : quarantine_) ranges.push_back({entry.first, entry.second.bytes, true});
+    for (const auto& entry : live_) ranges.push_back({entry.first, entry.second.bytes, false, entry.second.shadow});
+    for (const auto& entry : quarantine_) ranges.push_back({entry.first, entry.second.bytes, true, nullptr});
     std::sort(ranges.begin(), ranges.end(),
               [](const AddressRange& a, const AddressRange& b) { return a.begin < b.begin; });
     map_ = std::make_shared<const MemoryMap>(std::move(ranges));

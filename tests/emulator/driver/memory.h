@@ -11,11 +11,13 @@
 #include <vector>
 
 #include "cuda_api.h"
+#include "shadow.h"
 
 struct AddressRange {
   uintptr_t begin;
   size_t bytes;
   bool freed;
+  Shadow* shadow;
 
   bool contains(uintptr_t address, size_t count) const {
     const uintptr_t offset = address - begin;
@@ -48,6 +50,12 @@ class DeviceMemory {
   bool contains(CUdeviceptr address, size_t bytes);
   std::shared_ptr<const MemoryMap> map();
 
+  // What a copy to the device, a memset or a copy within it writes: kernels may read it afterwards.
+  void mark_written(CUdeviceptr address, size_t bytes);
+  void copy_written(CUdeviceptr to, DeviceMemory& from_memory, CUdeviceptr from, size_t bytes);
+  // The number of a new launch: never 0, and never one that stamps in the shadows still bear.
+  uint32_t next_launch();
+
   size_t live_allocations();
   size_t live_bytes();
   size_t limit();
@@ -59,8 +67,15 @@ class DeviceMemory {
     size_t bytes;
     void* block;         // what the operating system or the heap gave
     size_t block_bytes;  // nonzero where it was mapped rather than taken from the heap
+    Shadow* shadow;
+  };
+  // An address of live memory with its shadow: none where a graph outlives the memory that it copies to.
+  struct Part {
+    Shadow* shadow;
+    size_t offset;
   };
   static void give_back(const Allocation& allocation);
+  Part part_of(CUdeviceptr address);
 
   std::mutex mutex_;
   std::map<uintptr_t, Allocation> live_;
@@ -69,6 +84,7 @@ class DeviceMemory {
   std::deque<uintptr_t> quarantine_order_;
   size_t quarantine_bytes_ = 0;
   size_t live_bytes_ = 0;
+  uint32_t last_launch_ = 0;
   size_t limit_;
   size_t capacity_;
   std::shared_ptr<const MemoryMap> map_;  // empty when the table changed since it was made

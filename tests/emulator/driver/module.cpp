@@ -125,10 +125,9 @@ const StandInKernel* Image::kernel(const char* name) const {
   return static_cast<const StandInKernel*>(dlsym(library_, (std::string("stand_in_kernel_") + name).c_str()));
 }
 
-std::string Image::line_of(const void* instruction) const {
-  // The byte before a return address belongs to the call.
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(instruction) - 1 - begin_;
-  if (!instruction || offset >= size_) return "";
+std::string Image::line_of_offset(uintptr_t offset) const {
+  offset--;  // the byte before a return address belongs to the call
+  if (offset >= size_) return "";
   char command[128];
   snprintf(command, sizeof command, "addr2line -s -e /proc/%d/fd/%d 0x%" PRIxPTR " 2>/dev/null", getpid(), descriptor_,
            offset);

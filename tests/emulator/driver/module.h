@@ -20,7 +20,10 @@ class Image {
   // Constants of the kernels lie in the image: they may be read.
   bool holds(uintptr_t address) const { return address - begin_ < size_; }
   // "file:line" of an instruction, or an empty text where there is no such knowledge.
-  std::string line_of(const void* instruction) const;
+  std::string line_of(const void* instruction) const { return line_of_offset(offset_of(instruction)); }
+  // The same by the instruction's distance from the image's beginning.
+  std::string line_of_offset(uintptr_t offset) const;
+  uintptr_t offset_of(const void* instruction) const { return reinterpret_cast<uintptr_t>(instruction) - begin_; }
 
  private:
   Image(int descriptor, void* library) : descriptor_(descriptor), library_(library) {}

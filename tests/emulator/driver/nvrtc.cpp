@@ -22,6 +22,7 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "image.h"
@@ -59,6 +60,23 @@ struct Configuration {
 };
 
 Configuration configuration;
+
+// Changes that the calling thread makes to the sources it gives, to see whether its tests notice.
+struct Patch {
+  std::string find, replace;
+};
+thread_local std::vector<Patch> patches;
+thread_local size_t patches_applied = 0;
+
+std::string patched(std::string source) {
+  for (const Patch& patch : patches) {
+    for (size_t at = 0; (at = source.find(patch.find, at)) != std::string::npos; at += patch.replace.size()) {
+      source.replace(at, patch.find.size(), patch.replace);
+      patches_applied++;
+    }
+  }
+  return source;
+}
 
 // Programs that exist, so that a wrong handle is an error.
 std::mutex programs_mutex;
@@ -367,6 +385,14 @@ void stand_in_nvrtc_configure(const char* cache, const char* include) {
   mkdir(cache, 0777);
 }
 
+void stand_in_add_patch(const char* find, const char* replace) { patches.push_back({find, replace}); }
+
+// Ends the patches of the calling thread; how often one of them was applied.
+size_t stand_in_clear_patches() {
+  patches.clear();
+  return std::exchange(patches_applied, 0);
+}
+
 void stand_in_set_nvrtc_version(int major, int minor) {
   configuration.major = major;
   configuration.minor = minor;
@@ -418,7 +444,7 @@ nvrtcResult nvrtcCreateProgram(void** handle, const char* source, const char* na
   if (!handle || !source || header_count < 0) return NVRTC_ERROR_INVALID_INPUT;
   // Sources come flattened: there is nothing to include.
   if (header_count > 0) return NVRTC_ERROR_PROGRAM_CREATION_FAILURE;
-  Program* program = new Program{source, name && *name ? name : "default_program", {}, {}, {}};
+  Program* program = new Program{patched(source), name && *name ? name : "default_program", {}, {}, {}};
   std::lock_guard<std::mutex> lock(programs_mutex);
   programs.insert(program);
   *handle = program;

@@ -7,7 +7,9 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <thread>
+#include <utility>
 
 #include "gang.h"
 
@@ -100,6 +102,17 @@ std::string describe(const Thread& thread, Origin origin, const char* what) {
          text_of(thread.block->index) + ", thread " + text_of(thread.index) + ": " + what;
 }
 
+// The last thread of a block is about to exit, and the block's shared memory with it.
+void check_visitors(Thread& thread) {
+  const Block& block = *thread.block;
+  if (!block.visitor || std::max(block.cluster_waits, thread.cluster_waits) >= block.visitor_leaves) return;
+  const StandInIndex visitor = block.visitor->block->index, index = block.visitor->index;
+  fault(thread, CUDA_ERROR_LAUNCH_FAILED, at({"", 0}),
+        "the block exits without a cluster barrier since block (%u,%u,%u), thread (%u,%u,%u) accessed its shared "
+        "memory: it may exit before that",
+        visitor.x, visitor.y, visitor.z, index.x, index.y, index.z);
+}
+
 // The body of every fiber.
 void run_thread(void* argument) {
   Thread& thread = *static_cast<Thread*>(argument);
@@ -109,8 +122,26 @@ void run_thread(void* argument) {
     fault(thread, CUDA_ERROR_LAUNCH_FAILED, at({"", 0}), "the thread exits between cluster_arrive and cluster_wait");
   }
   thread.state = State::EXITED;
-  thread.block->exited++;
+  Block& block = *thread.block;
+  if (++block.exited == block.threads) check_visitors(thread);
   gang.leave(thread);
+}
+
+// The mixing function of SplitMix64.
+uint64_t mix(uint64_t bits) {
+  bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
+  bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
+  return bits ^ bits >> 31;
+}
+
+// Which cluster of the grid is the one begun after so many others: in a random schedule, steps through the grid that
+// meet every cluster once, because their width and the number of clusters have no common factor.
+uint64_t shuffle(const KernelLaunch& launch, uint64_t number) {
+  if (!launch.shuffled) return number;
+  const uint64_t count = launch.grid.count() / launch.cluster.count();
+  uint64_t step = 1 + mix(launch.seed) % count;
+  while (std::gcd(step, count) != 1) step = step % count + 1;
+  return (number % count * step + mix(launch.seed + 1)) % count;
 }
 
 StandInIndex index_of(uint64_t number, Extent3 extent) {
@@ -122,7 +153,7 @@ StandInIndex index_of(uint64_t number, Extent3 extent) {
 void use_portable_fibers(bool portable) { portable_fibers = portable; }
 
 void fault(Thread& thread, CUresult status, Origin origin, const char* format, ...) {
-  char what[400];
+  char what[600];
   va_list list;
   va_start(list, format);
   vsnprintf(what, sizeof what, format, list);
@@ -197,32 +228,81 @@ bool Gang::prepare(LaunchState& launch_state, unsigned block_count) {
     clusters[i].threads = cluster_blocks * block_threads;
     clusters[i].blocks = cluster_blocks;
   }
-  std::fill(std::begin(recent_ranges), std::end(recent_ranges), AddressRange{0, 0, false});
-  bytes_loaded = bytes_stored = 0;
+  std::fill(std::begin(recent_ranges), std::end(recent_ranges), AddressRange{0, 0, false, nullptr});
+  bytes_loaded = bytes_stored = sectors_loaded = sectors_stored = 0;
+  shared_cells.resize((shared_stride * block_count + GRANULE - 1) / GRANULE);
+  shared_written.resize(shared_cells.size());
+  last_file = nullptr;
+  shuffled = launch.shuffled;
+  for (Warp& warp : warps) {
+    warp.loads.clear();
+    warp.stores.clear();
+  }
   return true;
 }
 
-void Gang::start_blocks(uint64_t first_block) {
+StandInIndex Gang::block_index(uint64_t number) const {
   const KernelLaunch& launch = state->launch;
   const Extent3 clusters_of_grid = {launch.grid.x / launch.cluster.x, launch.grid.y / launch.cluster.y,
                                     launch.grid.z / launch.cluster.z};
+  const uint64_t of_cluster = launch.cluster.count();
+  const StandInIndex cluster = index_of(shuffle(launch, number / of_cluster), clusters_of_grid);
+  const StandInIndex inside = index_of(number % of_cluster, launch.cluster);
+  return {cluster.x * launch.cluster.x + inside.x, cluster.y * launch.cluster.y + inside.y,
+          cluster.z * launch.cluster.z + inside.z};
+}
+
+// SplitMix64 (Steele, Lea and Flood 2014).
+uint64_t Gang::random() {
+  random_state += 0x9e3779b97f4a7c15u;
+  return mix(random_state);
+}
+
+void Gang::maybe_pre_empt(Thread& thread) {
+  const uint64_t ONE_IN = 32;
+  if (random() % ONE_IN) return;
+  make_ready(thread);
+  leave(thread);
+}
+
+void Gang::start_blocks(uint64_t first) {
+  const unsigned block_threads = blocks[0].threads;
+  const Stamp launch_stamp = Stamp(state->launch.number) << STAMP_LAUNCH_BIT;
+  first_block = first;
+  grid_clock = 0;
+  random_state = mix(state->launch.seed ^ mix(first_block));
   for (size_t i = 0; i < blocks.size(); i++) {
     Block& block = blocks[i];
-    const StandInIndex cluster = index_of((first_block + i) / block.cluster->blocks, clusters_of_grid);
-    const StandInIndex inside = index_of(block.rank, launch.cluster);
-    block.index = {cluster.x * launch.cluster.x + inside.x, cluster.y * launch.cluster.y + inside.y,
-                   cluster.z * launch.cluster.z + inside.z};
+    block.number = uint32_t(first_block + i);
+    block.index = block_index(block.number);
     block.exited = block.at_barrier = 0;
+    block.barrier_clock = block.cluster_waits = 0;
+    block.acquired.clear();
+    block.visitor = nullptr;
+    block.visitor_leaves = 0;
   }
-  for (Warp& warp : warps) warp.meetings.clear();
+  for (Warp& warp : warps) {
+    warp.meetings.clear();
+    warp.known.clear();
+    warp.loads.meet();
+    warp.stores.meet();
+  }
   for (Cluster& cluster : clusters) cluster.arrived = cluster.phase = 0;
   grid_arrived = 0;
   mbarriers.clear();
   copies.clear();
   memset(shared_begin, POISON, shared_stride * blocks.size());
+  std::fill(shared_cells.begin(), shared_cells.end(), SharedCell{});
+  std::fill(shared_written.begin(), shared_written.end(), 0);
   ready_first_ = ready_count_ = 0;
   for (Thread& thread : threads) {
+    const uint64_t number = uint64_t(thread.block->number) * block_threads + thread.number;
+    // Of the largest launches, threads beyond what a stamp can name make accesses without stamps.
+    const Stamp clock = number < STAMP_THREADS ? 0 : STAMP_LAST_CLOCK;
+    thread.stamp = launch_stamp | (number % STAMP_THREADS) << STAMP_THREAD_BIT | clock << STAMP_CLOCK_BIT;
     thread.cluster_arrivals = thread.cluster_waits = 0;
+    std::fill(std::begin(thread.arrival_clocks), std::end(thread.arrival_clocks), 0);
+    thread.acquired.clear();
     fiber_start(thread.fiber, thread.stack, STACK_BYTES, run_thread, &thread, state->portable_fibers);
     make_ready(thread);
   }
@@ -235,9 +315,19 @@ void Gang::make_ready(Thread& thread) {
   ready_[slot] = &thread;
 }
 
-// The order in which threads run is decided here and nowhere else: first come, first served.
+// The order in which threads run is decided here and nowhere else: first come, first served, or anybody. Where it is
+// anybody, a bulk copy may end at any time.
 Thread* Gang::next() {
+  if (shuffled && !copies.empty()) {
+    const uint64_t ONE_IN = 64;
+    if (random() % ONE_IN == 0) finish_copy(random() % copies.size());
+  }
   if (ready_count_ == 0 || state->failed.load(std::memory_order_relaxed)) return nullptr;
+  if (shuffled) {
+    size_t chosen = ready_first_ + random() % ready_count_;
+    if (chosen >= ready_.size()) chosen -= ready_.size();
+    std::swap(ready_[chosen], ready_[ready_first_]);
+  }
   Thread* thread = ready_[ready_first_];
   if (++ready_first_ == ready_.size()) ready_first_ = 0;
   ready_count_--;
@@ -257,8 +347,8 @@ void Gang::leave(Thread& thread) {
   fiber_switch(thread.fiber, successor ? successor->fiber : home_, state->portable_fibers);
 }
 
-void Gang::run(uint64_t first_block) {
-  start_blocks(first_block);
+void Gang::run(uint64_t first) {
+  start_blocks(first);
   for (;;) {
     if (Thread* thread = next()) {
       current_thread = thread;
@@ -268,15 +358,20 @@ void Gang::run(uint64_t first_block) {
     if (state->failed) return;
     // Nobody can go on. A bulk copy ends now, as late as it may: who did not wait for it has read poison by then.
     if (copies.empty()) break;
-    const BulkCopy copy = copies.front();
-    copies.erase(copies.begin());
-    memcpy(copy.to, copy.from, copy.bytes);
-    Mbarrier& barrier = mbarriers.at(copy.barrier);
-    barrier.missing_bytes -= copy.bytes;
-    finish_phase(*this, barrier);
+    finish_copy(shuffled ? random() % copies.size() : 0);
   }
   const bool finished = std::all_of(blocks.begin(), blocks.end(), [](const Block& b) { return b.exited == b.threads; });
   if (!finished) report_deadlock();
+}
+
+void Gang::finish_copy(size_t which) {
+  const BulkCopy copy = copies[which];
+  copies.erase(copies.begin() + ptrdiff_t(which));
+  memcpy(copy.to, copy.from, copy.bytes);
+  end_copy(*this, size_t(copy.to - shared_begin), copy.bytes);
+  Mbarrier& barrier = mbarriers.at(copy.barrier);
+  barrier.missing_bytes -= copy.bytes;
+  finish_phase(*this, barrier);
 }
 
 void Gang::report_deadlock() {
@@ -302,32 +397,43 @@ void Gang::report_deadlock() {
 }
 
 KernelOutcome run_kernel(const KernelLaunch& launch) {
-  LaunchState state{launch, portable_fibers || !HAVE_NATIVE_FIBERS, {}, {}, {}};
+  LaunchState state{launch, portable_fibers || !HAVE_NATIVE_FIBERS, {}, {}, {}, {}, {}};
   const uint64_t block_count = launch.grid.count();
-  const uint64_t gang_blocks = launch.cooperative ? block_count : launch.cluster.count();
-  const uint64_t gang_count = block_count / gang_blocks;
+  const uint64_t cluster_blocks = launch.cluster.count();
+  // In a random schedule several clusters run at the same time, in each other's midst.
+  const uint64_t clusters_at_once =
+      launch.shuffled ? std::min(1 + mix(launch.seed + 2) % 4, block_count / cluster_blocks) : 1;
+  const uint64_t gang_blocks = launch.cooperative ? block_count : cluster_blocks * clusters_at_once;
+  const uint64_t gang_count = (block_count + gang_blocks - 1) / gang_blocks;
   std::atomic<uint64_t> next_gang{0};
 
   const auto work = [&] {
     std::unique_ptr<Gang> gang = gang_pool().take();
-    if (!gang->prepare(state, unsigned(gang_blocks))) {
-      fail(state, CUDA_ERROR_OUT_OF_MEMORY, "the host has no memory for the stacks of this launch");
-      return;
-    }
-    for (uint64_t i; (i = next_gang++) < gang_count && !state.failed;) gang->run(i * gang_blocks);
-    current_thread = nullptr;
-    {
+    uint64_t prepared = 0;  // blocks: the last gang may have fewer than the others
+    for (uint64_t i; (i = next_gang++) < gang_count && !state.failed;) {
+      const uint64_t blocks = std::min(gang_blocks, block_count - i * gang_blocks);
+      if (blocks != prepared && !gang->prepare(state, unsigned(blocks))) {
+        fail(state, CUDA_ERROR_OUT_OF_MEMORY, "the host has no memory for the stacks of this launch");
+        break;
+      }
+      prepared = blocks;
+      gang->run(i * gang_blocks);
+      current_thread = nullptr;
       std::lock_guard<std::mutex> lock(state.mutex);
-      state.outcome.bytes_loaded += gang->bytes_loaded;
-      state.outcome.bytes_stored += gang->bytes_stored;
+      state.outcome.bytes_loaded += std::exchange(gang->bytes_loaded, 0);
+      state.outcome.bytes_stored += std::exchange(gang->bytes_stored, 0);
+      state.outcome.sectors_loaded += std::exchange(gang->sectors_loaded, 0);
+      state.outcome.sectors_stored += std::exchange(gang->sectors_stored, 0);
     }
     gang_pool().put_back(std::move(gang));
   };
 
-  // Starting a thread of the host costs about as much as running a small block.
+  // Starting a thread of the host costs about as much as running a small block. A random schedule is one that comes
+  // again with its seed: on one thread.
   const uint64_t THREADS_WORTH_A_HELPER = 4096;
-  const uint64_t helpers = std::min({uint64_t(std::max(1u, std::thread::hardware_concurrency())) - 1, gang_count - 1,
-                                     block_count * launch.block.count() / THREADS_WORTH_A_HELPER});
+  const uint64_t most_helpers = launch.shuffled ? 0 : std::max(1u, std::thread::hardware_concurrency()) - 1;
+  const uint64_t helpers =
+      std::min({most_helpers, gang_count - 1, block_count * launch.block.count() / THREADS_WORTH_A_HELPER});
   std::vector<std::thread> team;
   for (uint64_t i = 0; i < helpers; i++) team.emplace_back(work);
   work();

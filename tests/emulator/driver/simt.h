@@ -28,6 +28,9 @@ struct KernelLaunch {
   bool cooperative;
   void** arguments;
   std::shared_ptr<const MemoryMap> memory;
+  uint32_t number;  // of the launch in its context: never 0
+  bool shuffled;    // by the seed; else threads run in their order
+  uint64_t seed;
 };
 
 struct KernelOutcome {
@@ -35,6 +38,8 @@ struct KernelOutcome {
   std::string fault;  // what the kernel did wrong, where, and which thread did it
   uint64_t bytes_loaded = 0;
   uint64_t bytes_stored = 0;
+  uint64_t sectors_loaded = 0;
+  uint64_t sectors_stored = 0;
 };
 
 KernelOutcome run_kernel(const KernelLaunch& launch);

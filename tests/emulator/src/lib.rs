@@ -9,8 +9,9 @@
 //! // CudaContext::new(emulator::ordinal("small-90"))
 //! ```
 //!
-//! Work is done in the thread that calls, at once. Every access of a kernel to memory is checked; what a kernel does
-//! wrong makes its launch fail, and [`last_fault`] tells what it was. Beside CUDA's own interface, the functions here
+//! Work is done in the thread that calls, at once. Every access of a kernel to memory is checked: its bounds, whether it
+//! loads what nobody wrote, and whether something orders it after those accesses of other threads that it must not meet.
+//! What a kernel does wrong makes its launch fail, and [`last_fault`] tells what it was. Beside CUDA's own interface, the functions here
 //! tell what was launched ([`launches`]), what was called ([`thread_calls`]) and what is allocated ([`live_memory`]),
 //! and set what a real machine would fix.
 //!
@@ -27,9 +28,9 @@ mod library;
 mod profiles;
 
 pub use library::{
-    Calls, Launch, LiveMemory, context_calls, create_context, driver_version, install, last_fault, launches,
-    live_memory, nvrtc_version, set_driver_version, set_empty_launches, set_memory_limit, set_no_device,
-    set_nvrtc_version, stream_calls, thread_calls, use_portable_fibers,
+    Calls, Launch, LiveMemory, SourcePatches, context_calls, create_context, driver_version, install, last_fault,
+    launches, live_memory, nvrtc_version, patch_sources, set_driver_version, set_empty_launches, set_memory_limit,
+    set_no_device, set_nvrtc_version, set_schedule, stream_calls, thread_calls, use_portable_fibers,
 };
 pub use profiles::{PROFILES, Profile, ordinal};
 

@@ -1,6 +1,8 @@
 //! The stand-in libraries from Rust's side: loading them, and calling what they export beside CUDA's interface.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::cell::Cell;
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 /// What a stream, a context or a thread was asked to do, by kind. Calls are counted when they are made, also those
@@ -65,6 +67,12 @@ pub struct Launch {
     pub bytes_loaded: u64,
     /// Bytes of global memory that the kernel stored.
     pub bytes_stored: u64,
+    /// Sectors of 32 bytes that the warps' loads touched, each as often as a warp loaded from it. Accesses of the lanes of
+    /// a warp are one access where they are the same instruction; so this over `bytes_loaded / 32` tells how well they
+    /// coalesce. Not counted under a random schedule ([`set_schedule`]).
+    pub sectors_loaded: u64,
+    /// The same of stores.
+    pub sectors_stored: u64,
 }
 
 /// Device memory that a context has allocated.
@@ -86,6 +94,8 @@ struct LaunchView {
     cooperative: u32,
     bytes_loaded: u64,
     bytes_stored: u64,
+    sectors_loaded: u64,
+    sectors_stored: u64,
 }
 
 /// What both libraries export beside CUDA's interface. Handles travel as integers: the driver looks them up, so that a
@@ -103,6 +113,9 @@ struct Library {
     set_memory_limit: unsafe extern "C" fn(usize, usize) -> c_uint,
     set_empty_launches: unsafe extern "C" fn(usize, bool) -> c_uint,
     take_fault: unsafe extern "C" fn(extern "C" fn(*const c_char, *mut c_void), *mut c_void),
+    set_schedule: unsafe extern "C" fn(bool, u64),
+    add_patch: unsafe extern "C" fn(*const c_char, *const c_char),
+    clear_patches: unsafe extern "C" fn() -> usize,
     initialise: unsafe extern "C" fn(c_uint) -> c_uint,
     create_context: unsafe extern "C" fn(*mut *mut c_void, *mut c_void, c_uint, c_int) -> c_uint,
     set_nvrtc_version: unsafe extern "C" fn(c_int, c_int),
@@ -111,8 +124,6 @@ struct Library {
 
 #[cfg(target_os = "linux")]
 mod loading {
-    use std::ffi::CString;
-
     use super::*;
     use crate::profiles::PROFILES;
     use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_NOW};
@@ -157,6 +168,9 @@ mod loading {
                 set_memory_limit: symbol(&driver, "stand_in_set_memory_limit"),
                 set_empty_launches: symbol(&driver, "stand_in_set_empty_launches"),
                 take_fault: symbol(&driver, "stand_in_take_fault"),
+                set_schedule: symbol(&driver, "stand_in_set_schedule"),
+                add_patch: symbol(&nvrtc, "stand_in_add_patch"),
+                clear_patches: symbol(&nvrtc, "stand_in_clear_patches"),
                 initialise: symbol(&driver, "cuInit"),
                 create_context: symbol(&driver, "cuCtxCreate_v4"),
                 set_nvrtc_version: symbol(&nvrtc, "stand_in_set_nvrtc_version"),
@@ -254,6 +268,8 @@ pub fn launches<S>(stream: *mut S) -> Vec<Launch> {
             cooperative: view.cooperative != 0,
             bytes_loaded: view.bytes_loaded,
             bytes_stored: view.bytes_stored,
+            sectors_loaded: view.sectors_loaded,
+            sectors_stored: view.sectors_stored,
         });
     }
     let mut list: Vec<Launch> = Vec::new();
@@ -363,6 +379,70 @@ pub fn last_fault() -> Option<String> {
     // SAFETY: `each` gets the variable back while it is borrowed here alone.
     unsafe { (library().take_fault)(each, (&raw mut fault).cast()) };
     fault
+}
+
+/// In which order the calling thread's launches run the threads of a kernel, from now on.
+///
+/// Without a seed each runs until it must wait, in the order of their numbers, and bulk copies end as late as they may.
+/// A seed stands for one of very many other orders, the same one every time: of blocks, which then also run several at a
+/// time, and of threads, which lose their turn in the midst of accesses; bulk copies end at any time.
+pub fn set_schedule(seed: Option<u64>) {
+    // SAFETY: a boolean and an integer are passed.
+    unsafe { (library().set_schedule)(seed.is_some(), seed.unwrap_or(0)) }
+}
+
+/// Changes of kernel sources in the programs that the calling thread makes with NVRTC, as long as this lives: for
+/// seeding bugs. See [`patch_sources`].
+#[must_use = "the sources are as they were once this is dropped"]
+pub struct SourcePatches {
+    /// Patches belong to the thread.
+    not_send: PhantomData<*const ()>,
+}
+
+/// Replaces texts in the sources that the calling thread gives to NVRTC from now on: each `find` by its `replace`,
+/// wherever it stands. A source without the text stays as it is.
+///
+/// Compiled kernels are not asked whether their source was patched: a test that does this brings a context of its own,
+/// and no cache of kernels on disk.
+///
+/// # Panics
+///
+/// If patches of this thread are alive already, or a text has a zero byte.
+pub fn patch_sources(patches: &[(&str, &str)]) -> SourcePatches {
+    let text = |text: &str| CString::new(text).expect("a patch has no zero byte");
+    assert!(!PATCHED.replace(true), "one set of patches at a time");
+    for (find, replace) in patches {
+        let (find, replace) = (text(find), text(replace));
+        // SAFETY: both texts live during the call, which copies them.
+        unsafe { (library().add_patch)(find.as_ptr(), replace.as_ptr()) };
+    }
+    SourcePatches { not_send: PhantomData }
+}
+
+impl SourcePatches {
+    /// Ends the patches; how often any of them found its text.
+    pub fn finish(self) -> usize {
+        let applied = end_patches();
+        std::mem::forget(self);
+        applied
+    }
+}
+
+impl Drop for SourcePatches {
+    fn drop(&mut self) {
+        end_patches();
+    }
+}
+
+thread_local! {
+    /// Whether the thread has patches alive.
+    static PATCHED: Cell<bool> = const { Cell::new(false) };
+}
+
+fn end_patches() -> usize {
+    PATCHED.set(false);
+    // SAFETY: nothing is passed.
+    unsafe { (library().clear_patches)() }
 }
 
 /// What `cuDriverGetVersion` says: 1000 · major + 10 · minor.

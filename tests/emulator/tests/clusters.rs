@@ -218,8 +218,14 @@ fn wrong_use_of_clusters_is_reported() {
         "is no address of shared memory",
     );
     fails(
-        "cluster_barrier(); if (cluster_rank() == 1) return;\nblock_barrier(); load_remote<1>(remote(mine, 1), 0);",
+        "mine[threadIdx.x] = 1; cluster_barrier(); if (cluster_rank() == 1) return;\n\
+         block_barrier(); if (threadIdx.x == 0) load_remote<1>(remote(mine, 1), 0);",
         "which has exited",
+    );
+    fails(
+        "mine[threadIdx.x] = 1; cluster_barrier(); if (cluster_rank() == 1) block_barrier();\n\
+         else load_remote<1>(remote(mine, 1), 0);",
+        "the block exits without a cluster barrier since block (0,0,0), thread (31,0,0) accessed its shared memory",
     );
     fails(
         "cluster_barrier(); mine[cluster_rank() == 0 ? 200 : 0] = 1;",
@@ -294,7 +300,7 @@ fn bulk(rounds: u32, wait: &str) -> String {
     )
 }
 
-fn run_bulk(rounds: u32, wait: &str) -> (Vec<f32>, Vec<f32>, emulator::Launch) {
+fn run_bulk(rounds: u32, wait: &str) -> Result<(Vec<f32>, Vec<f32>, emulator::Launch), DriverError> {
     let (context, stream) = device("h200");
     let function = kernel(&context, &bulk(rounds, wait), "bulk");
     let values: Vec<f32> = (0..128).map(|i| i as f32).collect();
@@ -305,25 +311,26 @@ fn run_bulk(rounds: u32, wait: &str) -> (Vec<f32>, Vec<f32>, emulator::Launch) {
         b: address(&b, &stream),
         ..Default::default()
     };
-    launch(&stream, &function, shape(1, 64, 272), arguments).unwrap();
-    (
+    launch(&stream, &function, shape(1, 64, 272), arguments)?;
+    Ok((
         values,
         stream.clone_dtoh(&b).unwrap(),
         emulator::launches(stream.cu_stream()).remove(0),
-    )
+    ))
 }
 
 #[test]
 fn a_bulk_copy_has_arrived_when_its_barrier_says_so() {
-    let (values, result, launch) = run_bulk(2, "mbarrier_wait(barrier, round & 1);");
+    let (values, result, launch) = run_bulk(2, "mbarrier_wait(barrier, round & 1);").unwrap();
     assert_eq!(result, values);
     assert_eq!((launch.bytes_loaded, launch.bytes_stored), (512, 512));
 }
 
 #[test]
-fn who_does_not_wait_for_a_bulk_copy_reads_nothing() {
-    let (_, result, _) = run_bulk(1, "block_barrier();");
-    assert!(result[..64].iter().all(|x| x.is_nan()), "{result:?}");
+fn who_does_not_wait_for_a_bulk_copy_is_found_out() {
+    run_bulk(1, "block_barrier();").unwrap_err();
+    let text = emulator::last_fault().unwrap();
+    assert!(text.contains("while a bulk copy into it is in flight"), "{text}");
 }
 
 #[test]

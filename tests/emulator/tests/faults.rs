@@ -220,7 +220,7 @@ fn constants_of_the_module_may_be_read() {
 
 #[test]
 fn new_memory_is_poisoned() {
-    let (context, stream) = device("h200");
+    let (_context, stream) = device("h200");
     // One from the heap, one that is mapped.
     for length in [1000, 1 << 20] {
         // SAFETY: reading what nobody wrote is what this is about; any bits are a float.
@@ -233,17 +233,6 @@ fn new_memory_is_poisoned() {
                 .all(|x| x.to_bits() == u32::MAX)
         );
     }
-    let source = format!(
-        "{ARGUMENTS}KERNEL(look, Arguments, 64) {{ arguments.a[threadIdx.x] = ((float*)shared_memory())[threadIdx.x]; }}"
-    );
-    let look = kernel(&context, &source, "look");
-    let a = stream.alloc_zeros::<f32>(64).unwrap();
-    let arguments = Arguments {
-        a: address(&a, &stream),
-        ..Default::default()
-    };
-    launch(&stream, &look, shape(1, 64, 256), arguments).unwrap();
-    assert!(stream.clone_dtoh(&a).unwrap().iter().all(|x| x.is_nan()));
 }
 
 #[test]

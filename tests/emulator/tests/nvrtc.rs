@@ -218,3 +218,31 @@ fn wrong_programs_are_errors() {
         );
     }
 }
+
+#[test]
+fn patches_change_sources_while_they_live() {
+    let (context, stream) = device("h200");
+    let source = format!("{ARGUMENTS}KERNEL(number, Arguments, 1) {{ arguments.c[0] = 1; }}");
+    let number = || {
+        let number = kernel(&context, &source, "number");
+        let c = stream.alloc_zeros::<u32>(1).unwrap();
+        let arguments = Arguments {
+            c: address(&c, &stream),
+            ..Default::default()
+        };
+        launch(&stream, &number, shape(1, 1, 0), arguments).unwrap();
+        stream.clone_dtoh(&c).unwrap()[0]
+    };
+    let patches = emulator::patch_sources(&[("c[0] = 1", "c[0] = 2"), ("c[0] = 2", "c[0] = 3"), ("absent", "")]);
+    assert_eq!(number(), 3, "one patch after the other");
+    assert_eq!(
+        std::thread::scope(|scope| scope.spawn(number).join().unwrap()),
+        1,
+        "of this thread alone"
+    );
+    assert_eq!(patches.finish(), 2);
+    assert_eq!(number(), 1);
+    drop(emulator::patch_sources(&[("c[0] = 1", "c[0] = 4")]));
+    assert_eq!(number(), 1);
+    assert_eq!(emulator::patch_sources(&[]).finish(), 0);
+}

@@ -1,0 +1,114 @@
+//! The kernels' accesses coalesce: on aligned shapes, the warps move hardly more 32-byte sectors than their bytes fill.
+//!
+//! Always on the stand-in, which alone can count. Shapes are those of ResNet-like networks, and the device is one, with
+//! fewer of everything: a task of it has about as much of a tensor to go through as on a real device, so that the numbers
+//! per channel, which one thread or another moves alone, weigh as little.
+
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use batchnorm_cuda::cuda::Walk;
+use batchnorm_cuda::cuda::plan::{Operation, Plan, Problem};
+use batchnorm_cuda::half::f16;
+use batchnorm_cuda::{Cuda, Element, Epilogue, Layout, Shape};
+use common::{Case, Random, run};
+
+/// Sectors moved over sectors that the bytes would fill, at most.
+const LARGEST_RATIO: f64 = 1.05;
+/// The same where strips of a row begin in the middle of a sector: a warp's 512 bytes then touch 17 sectors.
+const LARGEST_RATIO_UNALIGNED: f64 = 1.08;
+const SECTOR_BYTES: f64 = 32.0;
+
+fn device() -> Cuda {
+    emulator::install();
+    common::cuda_device(emulator::ordinal("small-90"))
+}
+
+/// Runs a step and holds every launch against what its bytes need.
+fn assert_coalesced<T: Element>(shape: Shape, walk: Walk, epilogue: Epilogue) {
+    let cuda = device();
+    let case = Case::<T>::random(&mut Random::new(1), shape, epilogue);
+    let mut kernels = Vec::new();
+    for (case, operations) in [
+        (case.clone(), [Operation::Train, Operation::Backward]),
+        (case.evaluation(), [Operation::Eval, Operation::BackwardEval]),
+    ] {
+        run(&cuda, &case);
+        let planned = operations.into_iter().flat_map(|operation| {
+            let problem = Problem {
+                residual_gradient: epilogue == Epilogue::AddRelu,
+                ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
+            };
+            Plan::new(&problem, cuda.limits()).unwrap().kernels
+        });
+        let launches = emulator::launches(cuda.stream().cu_stream());
+        assert_eq!(launches.len(), planned.clone().count());
+        for (launch, planned) in launches.into_iter().zip(planned) {
+            assert_eq!(launch.kernel, planned.instantiation.kernel.name());
+            assert_eq!(planned.instantiation.walk, walk, "{shape}, {}", T::DTYPE);
+            // In columns, one thread for each channel stores a partial result, as far from its neighbour's as there are
+            // splits, and teams of few threads load them again: each number may move a sector of its own, twice. That
+            // is known, and counted apart.
+            let numbers = match launch.kernel.as_str() {
+                "statistics" => 3,
+                "backward_reduce" => 2,
+                _ => 0,
+            };
+            let tiling = planned.tiling;
+            let scattered = if walk == Walk::Columns && tiling.splits > 1 {
+                2 * numbers * tiling.splits * tiling.channels
+            } else {
+                0
+            };
+            let sectors = (launch.sectors_loaded + launch.sectors_stored).saturating_sub(scattered);
+            let bytes = launch.bytes_loaded + launch.bytes_stored;
+            let ratio = sectors as f64 * SECTOR_BYTES / bytes as f64;
+            let limit = if shape.layout == Layout::Nchw && walk == Walk::Columns {
+                LARGEST_RATIO_UNALIGNED
+            } else {
+                LARGEST_RATIO
+            };
+            assert!(
+                ratio <= limit,
+                "{} on {shape}, {}, {epilogue:?} moves {sectors} sectors for {bytes} bytes, {ratio:.3} times what they \
+                 need",
+                launch.kernel,
+                T::DTYPE
+            );
+            kernels.push(launch.kernel);
+        }
+    }
+    for kernel in ["statistics", "apply", "backward_reduce", "backward_apply"] {
+        assert!(
+            kernels.iter().any(|launched| launched == kernel),
+            "{kernel} did not run"
+        );
+    }
+}
+
+/// Planes that vectorise by themselves: 56x56, 28x28 (and 112x112).
+#[test]
+fn planes() {
+    assert_coalesced::<f32>(Shape::nchw(4, 2, 56, 56), Walk::Planes, Epilogue::Identity);
+    assert_coalesced::<f32>(Shape::nchw(16, 3, 28, 28), Walk::Planes, Epilogue::AddRelu);
+    assert_coalesced::<f16>(Shape::nchw(4, 2, 56, 56), Walk::Planes, Epilogue::Relu);
+    assert_coalesced::<f16>(Shape::nchw(2, 2, 112, 112), Walk::Planes, Epilogue::Identity);
+}
+
+/// Channels next to each other, and planes too short for vectors of their own: 7x7.
+#[test]
+fn columns() {
+    assert_coalesced::<f32>(
+        Shape::nchw(8, 64, 28, 28).channels_last(),
+        Walk::Columns,
+        Epilogue::Identity,
+    );
+    assert_coalesced::<f32>(Shape::nchw(128, 32, 7, 7), Walk::Columns, Epilogue::Relu);
+    assert_coalesced::<f16>(
+        Shape::nchw(32, 64, 14, 14).channels_last(),
+        Walk::Columns,
+        Epilogue::AddRelu,
+    );
+    assert_coalesced::<f16>(Shape::nchw(256, 32, 7, 7), Walk::Columns, Epilogue::Identity);
+}

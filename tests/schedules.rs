@@ -1,0 +1,170 @@
+//! Results do not depend on the order in which threads run: random schedules of all kernels give the default schedule's
+//! bits, and no schedule finds two accesses that may meet, a deadlock, or a load of what nobody wrote.
+//!
+//! `BATCHNORM_TEST_SCHEDULES` says how many schedules to run, `scripts/schedules` sets it. A failure names its seed.
+//!
+//! Always on the stand-in, which alone can choose.
+
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use batchnorm_cuda::cuda::Walk;
+use batchnorm_cuda::cuda::plan::{Operation, Plan, Problem};
+use batchnorm_cuda::half::f16;
+use batchnorm_cuda::{Cuda, Element, Epilogue, Momentum, Shape};
+use common::{Case, Form, Outcome, Random, assert_same_bits, run_as};
+
+/// Schedules that the suite runs, unless the environment says otherwise.
+const SCHEDULES: u64 = 1000;
+const VARIABLE: &str = "BATCHNORM_TEST_SCHEDULES";
+
+/// Planes, planes with edges, columns of planes and of pixels; the last three are just long enough for several splits.
+fn shapes() -> [Shape; 7] {
+    [
+        Shape::nchw(2, 2, 4, 8),
+        Shape::nchw(2, 2, 7, 9),
+        Shape::nchw(3, 4, 3, 3),
+        Shape::nchw(2, 12, 2, 3).channels_last(),
+        Shape::nchw(33, 1, 16, 16),
+        Shape::nchw(60, 1, 11, 13),
+        Shape::nchw(33, 16, 4, 4).channels_last(),
+    ]
+}
+
+fn device() -> Cuda {
+    emulator::install();
+    common::cuda_device(emulator::ordinal("small-75"))
+}
+
+/// A step whose results under the default schedule are known.
+struct Known<T: Element> {
+    case: Case<T>,
+    outcome: Outcome<T>,
+}
+
+impl<T: Element> Known<T> {
+    /// Training and evaluation, every epilogue in turn, on every shape.
+    fn all(device: &Cuda) -> Vec<Self> {
+        let mut random = Random::new(11);
+        let mut known = Vec::new();
+        for (number, shape) in shapes().into_iter().enumerate() {
+            let mut case = Case::<T>::random(&mut random, shape, Epilogue::ALL[number % 3]);
+            if number % 2 == 1 {
+                case.config = case.config.momentum(Momentum::CumulativeAverage);
+            }
+            for case in [case.clone(), case.evaluation()] {
+                let outcome = run_as(device, &case, &Form::default()).unwrap();
+                known.push(Self { case, outcome });
+            }
+        }
+        known
+    }
+
+    fn check(&self, device: &Cuda, seed: u64) {
+        emulator::set_schedule(Some(seed));
+        let outcome = run_as(device, &self.case, &Form::default());
+        emulator::set_schedule(None);
+        let what = |part: &str| {
+            let Case { shape, training, .. } = &self.case;
+            format!("schedule {seed}, {shape}, {}, training: {training}: {part}", T::DTYPE)
+        };
+        let outcome = outcome.unwrap_or_else(|error| {
+            panic!(
+                "{}: {}",
+                what(&error.to_string()),
+                emulator::last_fault().unwrap_or_default()
+            )
+        });
+        let expected = &self.outcome;
+        assert_same_bits(&what("y"), &outcome.y, &expected.y);
+        let elements = [("dx", &outcome.dx, &expected.dx), ("dz", &outcome.dz, &expected.dz)];
+        for (name, got, expected) in elements {
+            assert_same_bits(
+                &what(name),
+                got.as_deref().unwrap_or(&[]),
+                expected.as_deref().unwrap_or(&[]),
+            );
+        }
+        for (name, got, expected) in [
+            ("dweight", &outcome.dweight, &expected.dweight),
+            ("dbias", &outcome.dbias, &expected.dbias),
+            ("save_mean", &outcome.save_mean, &expected.save_mean),
+            ("save_invstd", &outcome.save_invstd, &expected.save_invstd),
+            (
+                "running_mean",
+                &outcome.state.running_mean,
+                &expected.state.running_mean,
+            ),
+            ("running_var", &outcome.state.running_var, &expected.state.running_var),
+        ] {
+            assert_same_bits(
+                &what(name),
+                got.as_deref().unwrap_or(&[]),
+                expected.as_deref().unwrap_or(&[]),
+            );
+        }
+        assert_eq!(
+            outcome.state.num_batches_tracked,
+            expected.state.num_batches_tracked,
+            "{}",
+            what("batches")
+        );
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_the_schedule() {
+    let schedules = match std::env::var(VARIABLE) {
+        Ok(number) => number
+            .parse()
+            .unwrap_or_else(|_| panic!("{VARIABLE} is {number:?}, no number")),
+        Err(_) => SCHEDULES,
+    };
+    let next = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, |count| count.get()) {
+            scope.spawn(|| {
+                let device = device();
+                let (single, half) = (Known::<f32>::all(&device), Known::<f16>::all(&device));
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= schedules {
+                        break;
+                    }
+                    // Both types by turns, each over all of its steps.
+                    let turn = (seed / 2) as usize;
+                    if seed.is_multiple_of(2) {
+                        single[turn % single.len()].check(&device, seed);
+                    } else {
+                        half[turn % half.len()].check(&device, seed);
+                    }
+                }
+            });
+        }
+    });
+    common::say(&format!("{schedules} random schedules gave the same bits"));
+}
+
+/// The shapes of this file reach every walk, with and without splits.
+#[test]
+fn every_walk_is_shuffled() {
+    let device = device();
+    let reached: BTreeSet<String> = shapes()
+        .into_iter()
+        .map(|shape| {
+            let problem = Problem::new(Operation::Train, shape, f32::DTYPE);
+            let first = Plan::new(&problem, device.limits()).unwrap().kernels[0];
+            format!("{:?}, {}", first.instantiation.walk, first.tiling.splits > 1)
+        })
+        .collect();
+    for walk in [Walk::Planes, Walk::PlanesWithEdges, Walk::Columns] {
+        for split in [false, true] {
+            let wanted = format!("{walk:?}, {split}");
+            assert!(reached.contains(&wanted), "{wanted} is not among {reached:?}");
+        }
+    }
+}
