@@ -7,7 +7,8 @@
 #pragma once
 #include "tensor.cuh"
 
-// Room in global memory for one state per channel and split, and one counter per strip, zero between launches.
+// Room in global memory for one state per split and channel, channels adjacent, and one counter per strip, zero between
+// launches.
 struct Partials {
   u64* weight;
   Real* first;
@@ -83,7 +84,7 @@ DEVICE void reduce_splits(const Tiling& tiling, const Task& task, const Partials
     const u32 channel = round + threadIdx.x / team;
     State state = State::empty();
     for (u32 split = member; split < splits && channel < task.channels; split += team) {
-      const Index at = (task.channel + channel) * splits + split;
+      const Index at = split * (Index)tiling.channels + task.channel + channel;
       state = State::merge(state, State::from(State::WEIGHTED ? load_coherent<1>(partials.weight + at).lane[0] : 0,
                                               load_coherent<1>(partials.first + at).lane[0],
                                               load_coherent<1>(partials.second + at).lane[0]));
@@ -109,7 +110,7 @@ DEVICE void reduce_strip(const Tiling& tiling, const Task& task, const State (&s
   }
   const Index splits = (Index)tiling.splits;
   reduce_block<State>(tiling, task, exchange, [&](u32 channel, const State& state) {
-    const Index at = (task.channel + channel) * splits + task.split;
+    const Index at = task.split * (Index)tiling.channels + task.channel + channel;
     if (State::WEIGHTED) store_one(partials.weight + at, state.weight());
     store_one(partials.first + at, state.first());
     store_one(partials.second + at, state.second());

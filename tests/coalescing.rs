@@ -17,7 +17,7 @@ use common::{Case, Random, run};
 /// Sectors moved over sectors that the bytes would fill, at most.
 const LARGEST_RATIO: f64 = 1.05;
 /// The same where strips of a row begin in the middle of a sector: a warp's 512 bytes then touch 17 sectors.
-const LARGEST_RATIO_UNALIGNED: f64 = 1.08;
+const LARGEST_RATIO_UNALIGNED: f64 = 1.1;
 const SECTOR_BYTES: f64 = 32.0;
 
 fn device() -> Cuda {
@@ -47,21 +47,7 @@ fn assert_coalesced<T: Element>(shape: Shape, walk: Walk, epilogue: Epilogue) {
         for (launch, planned) in launches.into_iter().zip(planned) {
             assert_eq!(launch.kernel, planned.instantiation.kernel.name());
             assert_eq!(planned.instantiation.walk, walk, "{shape}, {}", T::DTYPE);
-            // In columns, one thread for each channel stores a partial result, as far from its neighbour's as there are
-            // splits, and teams of few threads load them again: each number may move a sector of its own, twice. That
-            // is known, and counted apart.
-            let numbers = match launch.kernel.as_str() {
-                "statistics" => 3,
-                "backward_reduce" => 2,
-                _ => 0,
-            };
-            let tiling = planned.tiling;
-            let scattered = if walk == Walk::Columns && tiling.splits > 1 {
-                2 * numbers * tiling.splits * tiling.channels
-            } else {
-                0
-            };
-            let sectors = (launch.sectors_loaded + launch.sectors_stored).saturating_sub(scattered);
+            let sectors = launch.sectors_loaded + launch.sectors_stored;
             let bytes = launch.bytes_loaded + launch.bytes_stored;
             let ratio = sectors as f64 * SECTOR_BYTES / bytes as f64;
             let limit = if shape.layout == Layout::Nchw && walk == Walk::Columns {
