@@ -22,7 +22,7 @@ pub enum DiskCache {
     /// the user's cache folder.
     #[default]
     Default,
-    /// This folder.
+    /// This folder. Where other users can write to it, it is not used.
     Folder(PathBuf),
     /// Nowhere.
     Off,
@@ -88,6 +88,10 @@ impl Key {
 
 fn write_file(folder: &Path, key: &Key, content: &[u8]) -> io::Result<()> {
     create_private_folder(folder)?;
+    if !is_private(folder) {
+        // What is written there would never be trusted.
+        return Ok(());
+    }
     // Its permissions are private from the start, and it takes its name only when it is whole.
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
     file.write_all(MAGIC)?;

@@ -37,6 +37,8 @@ pub struct Profile {
     pub memory_bus_bits: u32,
     /// Whether blocks can form clusters.
     pub clusters: bool,
+    /// Largest x dimension of a grid. Tiny on the scaled-down devices, so that a block takes several tasks.
+    pub largest_grid: u32,
 }
 
 const H200: Profile = Profile {
@@ -57,6 +59,7 @@ const H200: Profile = Profile {
     memory_clock_khz: 3_201_000,
     memory_bus_bits: 6144,
     clusters: true,
+    largest_grid: i32::MAX as u32,
 };
 
 const T4: Profile = Profile {
@@ -77,6 +80,7 @@ const T4: Profile = Profile {
     memory_clock_khz: 5_001_000,
     memory_bus_bits: 256,
     clusters: false,
+    largest_grid: i32::MAX as u32,
 };
 
 const A100: Profile = Profile {
@@ -97,6 +101,7 @@ const A100: Profile = Profile {
     memory_clock_khz: 1_593_000,
     memory_bus_bits: 5120,
     clusters: false,
+    largest_grid: i32::MAX as u32,
 };
 
 const RTX_4090: Profile = Profile {
@@ -117,6 +122,7 @@ const RTX_4090: Profile = Profile {
     memory_clock_khz: 10_501_000,
     memory_bus_bits: 384,
     clusters: false,
+    largest_grid: i32::MAX as u32,
 };
 
 const B200: Profile = Profile {
@@ -137,6 +143,7 @@ const B200: Profile = Profile {
     memory_clock_khz: 3_996_000,
     memory_bus_bits: 7680,
     clusters: true,
+    largest_grid: i32::MAX as u32,
 };
 
 /// An H200 in small: what a large tensor does to the real one, a tensor of some kilobytes does to this.
@@ -148,6 +155,7 @@ const SMALL_90: Profile = Profile {
     shared_per_block_opt_in: 8 << 10,
     shared_per_multiprocessor: 18 << 10,
     l2_bytes: 64 << 10,
+    largest_grid: 3,
     ..H200
 };
 
@@ -160,6 +168,7 @@ const SMALL_75: Profile = Profile {
     shared_per_block_opt_in: 8 << 10,
     shared_per_multiprocessor: 16 << 10,
     l2_bytes: 32 << 10,
+    largest_grid: 3,
     ..T4
 };
 
@@ -182,6 +191,7 @@ const TOO_OLD: Profile = Profile {
     memory_clock_khz: 5_505_000,
     memory_bus_bits: 352,
     clusters: false,
+    largest_grid: i32::MAX as u32,
 };
 
 /// The devices in the order of their ordinals.
@@ -214,13 +224,13 @@ impl Profile {
     pub fn attributes(&self) -> Vec<(i32, i32)> {
         let number = |value: u32| i32::try_from(value).expect("an attribute is an int");
         vec![
-            (1, 1024),     // MAX_THREADS_PER_BLOCK
-            (2, 1024),     // MAX_BLOCK_DIM_X
-            (3, 1024),     // MAX_BLOCK_DIM_Y
-            (4, 64),       // MAX_BLOCK_DIM_Z
-            (5, i32::MAX), // MAX_GRID_DIM_X
-            (6, 65535),    // MAX_GRID_DIM_Y
-            (7, 65535),    // MAX_GRID_DIM_Z
+            (1, 1024),                      // MAX_THREADS_PER_BLOCK
+            (2, 1024),                      // MAX_BLOCK_DIM_X
+            (3, 1024),                      // MAX_BLOCK_DIM_Y
+            (4, 64),                        // MAX_BLOCK_DIM_Z
+            (5, number(self.largest_grid)), // MAX_GRID_DIM_X
+            (6, 65535),                     // MAX_GRID_DIM_Y
+            (7, 65535),                     // MAX_GRID_DIM_Z
             (8, number(self.shared_per_block)),
             (9, 64 << 10),  // TOTAL_CONSTANT_MEMORY
             (10, 32),       // WARP_SIZE

@@ -77,7 +77,10 @@ fn the_driver_reports_the_profiles() {
         assert_eq!(attribute(Attribute::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH), 1);
         assert_eq!(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED), 1);
         assert_eq!(attribute(Attribute::CU_DEVICE_ATTRIBUTE_WARP_SIZE), 32);
-        assert_eq!(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X), i32::MAX);
+        assert_eq!(
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X) as u32,
+            profile.largest_grid
+        );
         assert_eq!(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y), 65535);
     }
 }
