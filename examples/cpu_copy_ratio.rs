@@ -2,9 +2,8 @@
 //!
 //! For three shapes of ResNet-50, in NCHW and NHWC, `f32`: in each round a memcpy, a copy with streaming stores and a
 //! training forward pass are timed one after the other on the same threads. Two figures compare the forward pass with the
-//! faster copy: the ratio of the best times over all rounds, and that of the medians. On a quiet machine they agree; on a
-//! busy one both are too large, now the one and now the other. The program fails if both are above the bar of 3.0: it is
-//! what a change of the CPU backend must not break.
+//! faster copy: the ratio of the best times over all rounds, and that of the medians. The program fails if the latter is above
+//! the bar of 3.0: it is what a change of the CPU backend must not break. On a busy machine both are too large.
 //!
 //!     cargo run --release --example cpu_copy_ratio -- [--threads N] [--rounds N]
 
