@@ -51,7 +51,8 @@ pub(crate) struct RunningStatistics<B: Backend, P: Real> {
 /// The statistics of one batch, from the forward pass for the backward pass, with the kernels and the scratch memory that
 /// passes of this shape need. Made once by [`BatchNorm2d::prepare`], used for every step.
 ///
-/// Two steps that overlap need two: the scratch memory is theirs alone.
+/// Two steps that overlap need two: the scratch memory is theirs alone. A module of as many channels on the same device may
+/// use another's; the statistics are those of the last forward pass, whichever module ran it.
 #[derive(Debug)]
 pub struct Saved<B: Backend, T: Element> {
     backend: B,
