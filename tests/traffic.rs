@@ -196,6 +196,16 @@ fn bytes_are_the_plans_f16_add_relu() {
     count_shapes::<f16>("small-90", Epilogue::AddRelu);
 }
 
+/// A block takes one task after another where the grid has no room for all.
+#[test]
+fn bytes_are_the_plans_on_a_small_grid() {
+    count_shapes::<f32>("small-grid", Epilogue::Relu);
+    let limits = device("small-grid").limits().clone();
+    let problem = Problem::new(Operation::Train, Shape::nchw(6, 16, 7, 7), batchnorm_cuda::Dtype::F32);
+    let launch = Plan::new(&problem, &limits).unwrap().kernels[0];
+    assert!(launch.tiling.tasks() > u64::from(launch.grid), "{launch:?}");
+}
+
 #[test]
 fn bytes_are_the_plans_f64_relu() {
     count_shapes::<f64>("h200", Epilogue::Relu);

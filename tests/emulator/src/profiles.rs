@@ -37,7 +37,7 @@ pub struct Profile {
     pub memory_bus_bits: u32,
     /// Whether blocks can form clusters.
     pub clusters: bool,
-    /// Largest x dimension of a grid. Tiny on the scaled-down devices, so that a block takes several tasks.
+    /// Largest x dimension of a grid.
     pub largest_grid: u32,
 }
 
@@ -155,7 +155,6 @@ const SMALL_90: Profile = Profile {
     shared_per_block_opt_in: 8 << 10,
     shared_per_multiprocessor: 18 << 10,
     l2_bytes: 64 << 10,
-    largest_grid: 3,
     ..H200
 };
 
@@ -168,8 +167,15 @@ const SMALL_75: Profile = Profile {
     shared_per_block_opt_in: 8 << 10,
     shared_per_multiprocessor: 16 << 10,
     l2_bytes: 32 << 10,
-    largest_grid: 3,
     ..T4
+};
+
+/// The same with next to no grid, so that a block takes one task after another.
+const SMALL_GRID: Profile = Profile {
+    name: "small-grid",
+    device_name: "Stand-in small-grid",
+    largest_grid: 3,
+    ..SMALL_75
 };
 
 /// A device for which NVRTC 13 makes no code any more.
@@ -195,7 +201,7 @@ const TOO_OLD: Profile = Profile {
 };
 
 /// The devices in the order of their ordinals.
-pub const PROFILES: [Profile; 8] = [H200, T4, A100, RTX_4090, B200, SMALL_90, SMALL_75, TOO_OLD];
+pub const PROFILES: [Profile; 9] = [H200, T4, A100, RTX_4090, B200, SMALL_90, SMALL_75, SMALL_GRID, TOO_OLD];
 
 /// The ordinal under which the stand-in presents the device of this name, for `CudaContext::new`.
 ///
