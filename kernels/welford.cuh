@@ -64,7 +64,8 @@ DEVICE Real pivot_of(Real first_element) { return is_finite(first_element) ? fir
 
 DEVICE Real inverse_deviation(Real variance, Real eps) { return divide_rn(Real(1), sqrt_rn(variance + eps)); }
 
-// Of a batch: as in PyTorch it is 0 where variance and eps are, so that a constant channel gives the bias without an eps too.
+// Of a batch: as in PyTorch it is 0 where variance and eps are, so that a constant channel gives the bias without an
+// eps too.
 DEVICE Real batch_inverse_deviation(Real variance, Real eps) {
   return variance + eps == Real(0) ? Real(0) : inverse_deviation(variance, eps);
 }
