@@ -53,7 +53,7 @@ fn resident_shapes() -> [Shape; 3] {
 /// copying.
 fn resident_devices() -> [Cuda; 6] {
     emulator::install();
-    let device = common::cuda_device(emulator::ordinal("small-90"));
+    let device = common::cuda_device(emulator::ordinal("small-100"));
     [
         (Team::Block, 1, true),
         (Team::Block, 2, false),
