@@ -82,6 +82,15 @@ pub(super) struct BackwardTensors {
     pub(super) dz: CUdeviceptr,
 }
 
+/// `struct ParameterGradients` of `kernels/gradients.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ParameterGradients {
+    pub(super) weight: CUdeviceptr,
+    pub(super) bias: CUdeviceptr,
+    pub(super) accumulate: u64,
+}
+
 /// `struct Arguments` of `kernels/backward_reduce.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -91,9 +100,7 @@ pub(super) struct BackwardReduce {
     pub(super) partials: Partials,
     pub(super) sum: CUdeviceptr,
     pub(super) sum_centred: CUdeviceptr,
-    pub(super) weight: CUdeviceptr,
-    pub(super) bias: CUdeviceptr,
-    pub(super) accumulate: u64,
+    pub(super) gradients: ParameterGradients,
     pub(super) tiling: Tiling,
 }
 
@@ -106,6 +113,7 @@ pub(super) struct BackwardApply {
     pub(super) sum: CUdeviceptr,
     pub(super) sum_centred: CUdeviceptr,
     pub(super) values: u64,
+    pub(super) gradients: ParameterGradients,
     pub(super) tiling: Tiling,
 }
 

@@ -129,20 +129,30 @@ impl Cuda {
 
     /// A buffer of no elements that owns what this one owned.
     fn emptied<T>(&self, buffer: CudaSlice<T>) -> Result<CudaSlice<T>> {
-        let address = buffer.leak();
-        // cudarc gives a buffer two events, and where it can make none this function of it panics.
-        // SAFETY: the address is of memory that nobody owns any more, and there is room for no elements at all.
-        catch_unwind(AssertUnwindSafe(|| unsafe { self.stream.upgrade_device_ptr(address, 0) })).map_err(|panic| {
-            // SAFETY: nobody else has the address. Nothing was launched that reads it.
+        let (context, address) = (self.stream.context(), buffer.leak());
+        // An error of a call in `leak`, which cudarc keeps, comes out here rather than as the panic that is next.
+        let made = context
+            .check_err()
+            .map_err(|error| driver_error("making an event", error))
+            .and_then(|()| {
+                // cudarc gives a buffer two events, and where it can make none this function of it panics.
+                // SAFETY: the address is of memory that nobody owns any more, and there is room for no elements at all.
+                catch_unwind(AssertUnwindSafe(|| unsafe {
+                    self.stream.upgrade_device_ptr(address, 0)
+                }))
+                .map_err(|panic| event_error(&*panic))
+            });
+        if made.is_err() {
+            // SAFETY: nobody else has the address, and nothing was launched that reads it.
             let _ = unsafe {
-                if self.stream.context().has_async_alloc() {
+                if context.has_async_alloc() {
                     result::free_async(address, self.stream.cu_stream())
                 } else {
                     result::free_sync(address)
                 }
             };
-            event_error(&*panic)
-        })
+        }
+        made
     }
 
     fn check_context(&self, argument: &'static str, stream: &CudaStream) -> Result<()> {
