@@ -142,6 +142,11 @@ impl Instantiation {
         all
     }
 
+    /// The CUDA C++ that is compiled: the kernel's file and its headers in one text.
+    pub const fn source(&self) -> &'static str {
+        self.kernel.source().text
+    }
+
     /// The compiler's options that make this instantiation of the source.
     pub fn definitions(&self) -> Vec<String> {
         let element = match self.dtype {
