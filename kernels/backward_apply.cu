@@ -13,8 +13,8 @@
 // Called by the launcher of backward passes. One block of THREADS threads per task; shared memory: Staged::ROWS + 2
 // numbers per channel of a strip. dx may lie over dy. Tasks are taken from the last to the first, as in apply.cu.
 #include "epilogue.cuh"
-#include "gradients.cuh"
 #include "normalise.cuh"
+#include "sums.cuh"
 
 struct Arguments {
   const Element* x;
@@ -51,10 +51,9 @@ KERNEL(backward_apply, Arguments, THREADS) {
         sum_centred = load_one(arguments.sum_centred + c);
       }
       if (BATCH_STATISTICS) {
-        // x̂ * Σ g x̂ / n = (x - mean) * slope: one invstd of x̂ each, never their product, which may overflow.
         const Real values = (Real)arguments.values;
         staged.at(MEAN_GRADIENT, channel) = divide_rn(sum, values);
-        staged.at(SLOPE, channel) = divide_rn(sum_centred * invstd, values) * invstd;
+        staged.at(SLOPE, channel) = slope_of(sum_centred, invstd, values);
       }
       if (writes) arguments.gradients.write(c, sum, sum_centred, invstd);
     }

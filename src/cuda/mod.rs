@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `probe` | finds out whether there is a driver, a device, NVRTC |
 //! | `limits`, `kernel` | plain values: what a device can do, which kernels there are |
-//! | `tiling`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
+//! | `tiling`, `resident`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
+//! | `model`, `tuning` | how long a plan is believed to take; every number that was chosen and not derived |
 //! | `nvrtc`, `compile`, `disk_cache`, `device` | from source to a loaded kernel, once |
 //! | `workspace`, `arguments`, `launch` | carries a plan out on a stream |
 
@@ -16,10 +17,13 @@ mod driver_error;
 mod kernel;
 mod launch;
 mod limits;
+mod model;
 mod nvrtc;
 pub mod plan;
 mod probe;
+mod resident;
 mod tiling;
+mod tuning;
 mod workspace;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -41,7 +45,7 @@ pub use crate::error::{OLDEST_ARCHITECTURE, Unavailable};
 
 use self::device::Device;
 use self::driver_error::{allocation_error, driver_error, event_error};
-use self::plan::{Alignment, Operation, Problem};
+use self::plan::{Alignment, Choice, Operation, Problem};
 use crate::backend::{AsTensor, AsTensorMut, Backend, BackwardPass, ForwardPass};
 use crate::element::{Element, Plain};
 use crate::epilogue::Epilogue;
@@ -56,6 +60,7 @@ use crate::shape::Shape;
 pub struct Cuda {
     device: Arc<Device>,
     stream: Arc<CudaStream>,
+    choice: Choice,
 }
 
 impl Cuda {
@@ -86,7 +91,22 @@ impl Cuda {
         Ok(Self {
             device: Device::shared(stream.context(), &cache)?,
             stream,
+            choice: Choice::default(),
         })
+    }
+
+    /// The same device and stream, with passes that take only the paths which the choice allows: for tests and for finding
+    /// out what is fastest. Whatever was prepared by a `Cuda` goes with the choice of that one.
+    pub fn with_choice(&self, choice: Choice) -> Self {
+        Self {
+            choice,
+            ..self.clone()
+        }
+    }
+
+    /// Which paths passes may take.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
     }
 
     /// The stream that everything is launched on.
@@ -175,6 +195,7 @@ impl std::fmt::Debug for Cuda {
             .field("device", &self.device.limits.name)
             .field("ordinal", &self.stream.context().ordinal())
             .field("context", &Arc::as_ptr(self.stream.context()))
+            .field("choice", &self.choice.to_string())
             .finish()
     }
 }
@@ -278,7 +299,7 @@ impl Backend for Cuda {
     }
 
     fn same_device(&self, other: &Self) -> bool {
-        Arc::ptr_eq(self.stream.context(), other.stream.context())
+        Arc::ptr_eq(self.stream.context(), other.stream.context()) && self.choice == other.choice
     }
 
     fn prepare<T: Element>(&self, shape: Shape, epilogue: Epilogue) -> Result<Workspace<T>> {
@@ -317,6 +338,6 @@ impl Cuda {
             alignment: Alignment::FULL,
             ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
         };
-        self.device.prepare(&problem).map(|_| ())
+        self.device.prepare(&problem, &self.choice).map(|_| ())
     }
 }
