@@ -2,10 +2,11 @@
 //!
 //!     cargo run --release --example compile_kernels -- --architectures 75,80,86,89,90,100,120 --thorough 90
 //!
-//! For every architecture: each kernel, element, walk, vector width and epilogue, with the usual block size and index width.
-//! For those named by `--thorough` also every block size and index width, with the widest vectors; these change constants, not
-//! code paths. Prints, for each architecture, how many instantiations were compiled, their bytes and the time. Ends with an
-//! error if one of them does not compile.
+//! What a plan can ask for is more than one compiles every day, and most of it differs by constants alone. So `--select`
+//! takes the instantiations of `scripts/kernel-report`'s table (`table`), these and the same in bf16 (`usual`), or all of them
+//! (`all`); and for the architectures named by `--thorough` there are also every vector width, block size and index width of
+//! the general kernels, and every team and way of copying of the resident ones. Prints, for each architecture, how many
+//! instantiations were compiled, their bytes and the time. Ends with an error if one of them does not compile.
 //!
 //! `--save FOLDER` keeps the machine code, and beside it `index.json`, which says what each file is and how long NVRTC took:
 //! `scripts/kernel-report` reads them. Of a small sample, which is to be looked at by more tools, it keeps PTX too.
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use batchnorm_cuda::cuda::plan::{Operation, Plan, Problem};
+use batchnorm_cuda::cuda::plan::{Choice, Operation, Plan, Problem, Team};
 use batchnorm_cuda::cuda::{COMPILE_OPTIONS, DeviceLimits, DiskCache, Instantiation, Walk, compile_ahead};
 use batchnorm_cuda::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use batchnorm_cuda::{Dtype, Epilogue, Shape};
@@ -44,20 +45,53 @@ struct Arguments {
 /// Which instantiations are compiled for an architecture that is not thorough.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Selection {
-    /// The widest vectors, the usual block size and index width.
-    Representative,
-    /// Every vector, the usual block size and index width.
+    /// Those of the table: the widest vectors, one block size, 32-bit indices, no bf16.
+    Table,
+    /// The same with bf16.
     Usual,
     /// Every instantiation that a plan can ask for.
     All,
 }
 
 impl Selection {
-    fn takes(self, instantiation: &Instantiation) -> bool {
+    fn takes(self, one: &Instantiation) -> bool {
         match self {
-            Selection::Representative => is_usual(instantiation) && is_widest(instantiation),
-            Selection::Usual => is_usual(instantiation),
+            Selection::Table => is_usual(one) && one.dtype != Dtype::Bf16,
+            Selection::Usual => is_usual(one),
             Selection::All => true,
+        }
+    }
+}
+
+/// One block size and index width, the widest vectors; of the resident kernels three teams and two ways of copying.
+fn is_usual(one: &Instantiation) -> bool {
+    let typical = !one.wide_index && is_widest(one);
+    match &one.resident {
+        None => typical && one.threads == 256,
+        Some(resident) => {
+            let copies = match one.walk {
+                Walk::PlanesWithEdges => [(1, false), (2, false)],
+                Walk::Planes | Walk::Columns => [(1, false), (2, true)],
+            };
+            typical
+                && one.threads == 512
+                && one.epilogue != Epilogue::Relu
+                && [Team::Block, Team::Cluster(8), Team::Grid].contains(&resident.team)
+                && copies.contains(&(resident.stages, resident.bulk))
+        }
+    }
+}
+
+/// What a thorough architecture has beside the usual.
+fn is_thorough(one: &Instantiation) -> bool {
+    match &one.resident {
+        None => is_widest(one) || (one.threads == 256 && !one.wide_index),
+        Some(_) => {
+            is_widest(one)
+                && one.threads == 512
+                && !one.wide_index
+                && one.dtype == Dtype::F16
+                && one.epilogue == Epilogue::AddRelu
         }
     }
 }
@@ -70,7 +104,8 @@ fn main() -> Result<ExitCode> {
         let thorough = arguments.thorough.contains(&architecture);
         let instantiations: Vec<Instantiation> = Instantiation::all()
             .into_iter()
-            .filter(|one| arguments.select.takes(one) || (thorough && is_widest(one)))
+            .filter(|one| one.runs_on(architecture))
+            .filter(|one| arguments.select.takes(one) || (thorough && is_thorough(one)))
             .collect();
         let folder = arguments
             .save
@@ -125,27 +160,33 @@ fn main() -> Result<ExitCode> {
     })
 }
 
-fn is_usual(instantiation: &Instantiation) -> bool {
-    instantiation.threads == 256 && !instantiation.wide_index
-}
-
 fn is_widest(instantiation: &Instantiation) -> bool {
     instantiation.vector as usize * instantiation.dtype.size() == 16
 }
 
 /// A few of every kernel: enough to see whether two tools agree.
-fn is_sample(instantiation: &Instantiation) -> bool {
-    Selection::Representative.takes(instantiation)
-        && instantiation.walk == Walk::Planes
-        && instantiation.epilogue == Epilogue::Identity
-        && matches!(instantiation.dtype, Dtype::F16 | Dtype::F32)
+fn is_sample(one: &Instantiation) -> bool {
+    Selection::Table.takes(one)
+        && one.walk == Walk::Planes
+        && one.epilogue == Epilogue::Identity
+        && one.dtype != Dtype::F64
 }
 
 /// Shared memory that the instantiation is launched with, on a layer of ResNet-50 and shapes beside it, if one of them asks
 /// for it.
 fn shared_bytes(one: &Instantiation) -> Option<u32> {
-    // Of the limits, shared memory depends on what a block may use without asking alone, which all devices have.
+    // Of the limits the general kernels' shared memory depends on nothing that the devices differ in; a resident kernel's is
+    // what the device has.
     let limits = DeviceLimits::named("h200")?;
+    let choice = match &one.resident {
+        None => Choice::GENERAL,
+        Some(resident) => Choice {
+            threads: Some(one.threads),
+            stages: Some(resident.stages),
+            bulk: Some(resident.bulk),
+            ..Choice::resident(Some(resident.team))
+        },
+    };
     let shapes = [
         Shape::nchw(32, 64, 56, 56),
         Shape::nchw(32, 64, 55, 55),
@@ -162,7 +203,7 @@ fn shared_bytes(one: &Instantiation) -> Option<u32> {
     });
     problems
         .flat_map(|problem| {
-            Plan::new(&problem, &limits)
+            Plan::chosen(&problem, &limits, &choice)
                 .map(|plan| plan.kernels)
                 .unwrap_or_default()
         })
@@ -185,10 +226,11 @@ fn describe(one: &Instantiation, architecture: u32, file: &Path, time: Duration)
         "epilogue": one.epilogue.to_string(),
         "stores_gradient": one.stores_gradient,
         "batch_statistics": one.batch_statistics,
+        "resident": one.resident.map(|resident| resident.to_string()),
         "shared_bytes": shared_bytes(one),
         "sample": is_sample(one),
         "definitions": one.definitions(),
-        "representative": Selection::Representative.takes(one),
+        "table": Selection::Table.takes(one),
         "compile_ms": time.as_secs_f64() * 1e3,
     })
 }

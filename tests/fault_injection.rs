@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use batchnorm_cuda::cuda::plan::{Choice, Team};
 use batchnorm_cuda::cuda::{DiskCache, Kernel, Unavailable};
 use batchnorm_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use batchnorm_cuda::{
@@ -34,18 +35,21 @@ struct Path {
     dtype: Dtype,
     epilogue: Epilogue,
     momentum: Momentum,
+    /// The kernels it may take.
+    choice: Choice,
     /// On a stream of its own, so that `cudarc` orders streams by events; else on the default stream.
     own_stream: bool,
 }
 
 /// Every walk of `kernels/tensor.cuh`, with one split and with several; every element type, epilogue and momentum.
-const PATHS: [Path; 7] = [
+const PATHS: [Path; 11] = [
     Path {
         profile: "small-75",
         shape: Shape::nchw(2, 2, 4, 8),
         dtype: Dtype::F32,
         epilogue: Epilogue::Identity,
         momentum: Momentum::Factor(0.1),
+        choice: Choice::GENERAL,
         own_stream: true,
     },
     Path {
@@ -54,6 +58,7 @@ const PATHS: [Path; 7] = [
         dtype: Dtype::F16,
         epilogue: Epilogue::AddRelu,
         momentum: Momentum::CumulativeAverage,
+        choice: Choice::GENERAL,
         own_stream: false,
     },
     Path {
@@ -62,6 +67,7 @@ const PATHS: [Path; 7] = [
         dtype: Dtype::F64,
         epilogue: Epilogue::Relu,
         momentum: Momentum::Factor(0.3),
+        choice: Choice::GENERAL,
         own_stream: false,
     },
     Path {
@@ -70,6 +76,7 @@ const PATHS: [Path; 7] = [
         dtype: Dtype::Bf16,
         epilogue: Epilogue::Relu,
         momentum: Momentum::CumulativeAverage,
+        choice: Choice::GENERAL,
         own_stream: false,
     },
     Path {
@@ -78,6 +85,7 @@ const PATHS: [Path; 7] = [
         dtype: Dtype::F32,
         epilogue: Epilogue::AddRelu,
         momentum: Momentum::Factor(0.1),
+        choice: Choice::GENERAL,
         own_stream: false,
     },
     Path {
@@ -86,6 +94,44 @@ const PATHS: [Path; 7] = [
         dtype: Dtype::F16,
         epilogue: Epilogue::Identity,
         momentum: Momentum::Factor(0.1),
+        choice: Choice::GENERAL,
+        own_stream: false,
+    },
+    // The same on chip.
+    Path {
+        profile: "small-75",
+        shape: Shape::nchw(3, 5, 8, 8),
+        dtype: Dtype::F32,
+        epilogue: Epilogue::AddRelu,
+        momentum: Momentum::Factor(0.1),
+        choice: Choice::resident(Some(Team::Block)),
+        own_stream: false,
+    },
+    Path {
+        profile: "small-90",
+        shape: Shape::nchw(2, 44, 5, 3).channels_last(),
+        dtype: Dtype::F16,
+        epilogue: Epilogue::Relu,
+        momentum: Momentum::CumulativeAverage,
+        choice: Choice::resident(Some(Team::Cluster(2))),
+        own_stream: false,
+    },
+    Path {
+        profile: "small-90",
+        shape: Shape::nchw(5, 3, 7, 9),
+        dtype: Dtype::F32,
+        epilogue: Epilogue::Identity,
+        momentum: Momentum::Factor(0.1),
+        choice: Choice::resident(Some(Team::Cluster(16))),
+        own_stream: false,
+    },
+    Path {
+        profile: "small-75",
+        shape: Shape::nchw(4, 7, 5, 5),
+        dtype: Dtype::F32,
+        epilogue: Epilogue::Identity,
+        momentum: Momentum::CumulativeAverage,
+        choice: Choice::resident(Some(Team::Grid)),
         own_stream: false,
     },
     // No images, and so no launches; the buffers are empty.
@@ -95,6 +141,7 @@ const PATHS: [Path; 7] = [
         dtype: Dtype::F32,
         epilogue: Epilogue::Identity,
         momentum: Momentum::Factor(0.1),
+        choice: Choice::GENERAL,
         own_stream: true,
     },
 ];
@@ -115,6 +162,7 @@ struct Tensors<T: Element> {
 /// A program that uses a module in every way, as far as it has come.
 struct Program<T: Element> {
     stream: Arc<CudaStream>,
+    choice: Choice,
     case: Case<T>,
     cuda: Option<Cuda>,
     module: Option<BatchNorm2d<Cuda, T::Param>>,
@@ -132,7 +180,8 @@ impl<T: Element> Program<T> {
     /// What the program does, in order. Each step either does all it is there for or fails, and can be tried again.
     const STEPS: [Step<T>; 16] = [
         ("open", |program| {
-            program.cuda = Some(Cuda::with_cache(program.stream.clone(), DiskCache::Off)?);
+            let cuda = Cuda::with_cache(program.stream.clone(), DiskCache::Off)?;
+            program.cuda = Some(cuda.with_choice(program.choice));
             Ok(())
         }),
         ("construct", |program| {
@@ -261,10 +310,11 @@ impl<T: Element> Program<T> {
         }),
     ];
 
-    fn new(stream: Arc<CudaStream>, case: Case<T>) -> Self {
+    fn new(stream: Arc<CudaStream>, path: &Path) -> Self {
         Self {
             stream,
-            case,
+            choice: path.choice,
+            case: case(path),
             cuda: None,
             module: None,
             saved: None,
@@ -377,6 +427,7 @@ fn words(call: &str) -> Option<&'static str> {
         "cuModuleLoadData" => "loading a kernel",
         "cuModuleGetFunction" => "looking up a kernel",
         "cuDeviceGetName" => "reading the device's name",
+        "cuFuncSetAttribute" => "setting a kernel's attributes",
         _ => return None,
     })
 }
@@ -449,7 +500,7 @@ impl<T: Element> Undisturbed<T> {
     fn run(path: &Path) -> Self {
         let (context_, stream) = context(path);
         let watched = emulator::watch_calls();
-        let mut program = Program::<T>::new(stream, case(path));
+        let mut program = Program::<T>::new(stream, path);
         for (name, step) in Program::STEPS {
             step(&mut program).unwrap_or_else(|error| panic!("{path:?}, {name}: {error}"));
         }
@@ -460,7 +511,7 @@ impl<T: Element> Undisturbed<T> {
         drop(context_);
 
         let (_context, stream) = context(path);
-        let mut program = Program::<T>::new(stream.clone(), case(path));
+        let mut program = Program::<T>::new(stream.clone(), path);
         let mut observed = Vec::new();
         for (_, step) in Program::STEPS {
             observed.push(program.observed());
@@ -486,7 +537,7 @@ fn disturb<T: Element>(path: &Path, undisturbed: &Undisturbed<T>, number: usize)
     assert_eq!(emulator::live_memory(context.cu_ctx()).allocations, 0);
 
     let watched = emulator::inject_fault(number as u64, code);
-    let mut program = Program::<T>::new(stream, case(path));
+    let mut program = Program::<T>::new(stream, path);
     let mut failures = 0;
     for ((name, step), before) in Program::STEPS.into_iter().zip(&undisturbed.observed) {
         if let Err(error) = step(&mut program) {
@@ -524,7 +575,7 @@ fn disturb<T: Element>(path: &Path, undisturbed: &Undisturbed<T>, number: usize)
 /// Runs the program to its end, and lets a call fail when all is dropped.
 fn disturb_end<T: Element>(path: &Path, undisturbed: &Undisturbed<T>, number: usize) {
     let (context, stream) = context(path);
-    let mut program = Program::<T>::new(stream, case(path));
+    let mut program = Program::<T>::new(stream, path);
     for (_, step) in Program::STEPS {
         step(&mut program).expect("undisturbed");
     }
@@ -601,7 +652,7 @@ fn a_lost_device_is_reported_as_such() {
         }
         let (_context, stream) = context(path);
         let _watched = emulator::inject_fault(number as u64, LAUNCH_FAILED);
-        let mut program = Program::<batchnorm_cuda::half::f16>::new(stream, case(path));
+        let mut program = Program::<batchnorm_cuda::half::f16>::new(stream, path);
         let result = Program::STEPS.into_iter().try_for_each(|(_, step)| step(&mut program));
         let error = result.expect_err("a call has failed");
         let lost = match &error {
