@@ -3,7 +3,8 @@
 //! end everything is as if nothing had happened, bit for bit.
 //!
 //! For every path through the kernels a whole program is run, from the first look at the device to saving and loading a
-//! module, as often as it makes calls, and each time another of its calls fails.
+//! module, as often as it makes calls, and each time another of its calls fails. On most paths only the calls of the steps
+//! that run kernels are taken; with `BATCHNORM_TEST_FAULTS=all` all of them, which takes minutes.
 //!
 //! Always on the stand-in, which alone can let a call fail.
 
@@ -12,6 +13,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -23,6 +25,9 @@ use batchnorm_cuda::{
     Shape, StateDict,
 };
 use common::{Case, Random, with_element};
+
+/// `all` lets every call fail on every path.
+const VARIABLE: &str = "BATCHNORM_TEST_FAULTS";
 
 // ---- paths ---------------------------------------------------------------------------------------------------------
 
@@ -104,7 +109,10 @@ const PATHS: [Path; 11] = [
         dtype: Dtype::F32,
         epilogue: Epilogue::AddRelu,
         momentum: Momentum::Factor(0.1),
-        choice: Choice::resident(Some(Team::Block)),
+        choice: Choice {
+            threads: Some(256),
+            ..Choice::resident(Some(Team::Block))
+        },
         own_stream: false,
     },
     Path {
@@ -113,7 +121,11 @@ const PATHS: [Path; 11] = [
         dtype: Dtype::F16,
         epilogue: Epilogue::Relu,
         momentum: Momentum::CumulativeAverage,
-        choice: Choice::resident(Some(Team::Cluster(2))),
+        choice: Choice {
+            threads: Some(256),
+            bulk: Some(true),
+            ..Choice::resident(Some(Team::Cluster(2)))
+        },
         own_stream: false,
     },
     Path {
@@ -122,7 +134,10 @@ const PATHS: [Path; 11] = [
         dtype: Dtype::F32,
         epilogue: Epilogue::Identity,
         momentum: Momentum::Factor(0.1),
-        choice: Choice::resident(Some(Team::Cluster(16))),
+        choice: Choice {
+            threads: Some(256),
+            ..Choice::resident(Some(Team::Cluster(16)))
+        },
         own_stream: false,
     },
     Path {
@@ -131,7 +146,10 @@ const PATHS: [Path; 11] = [
         dtype: Dtype::F32,
         epilogue: Epilogue::Identity,
         momentum: Momentum::CumulativeAverage,
-        choice: Choice::resident(Some(Team::Grid)),
+        choice: Choice {
+            threads: Some(256),
+            ..Choice::resident(Some(Team::Grid))
+        },
         own_stream: false,
     },
     // No images, and so no launches; the buffers are empty.
@@ -487,10 +505,12 @@ fn case<T: Element>(path: &Path) -> Case<T> {
     case
 }
 
-/// The program undisturbed: all calls its steps make, and its end, what there is to observe before each step and at the end, and the kernels
-/// that ran.
+/// The program undisturbed: the calls that its steps make, and its end, what there is to observe before each step and at
+/// the end, and the kernels that ran.
 struct Undisturbed<T: Element> {
     calls: Vec<String>,
+    /// Of which number each step's first call is, and the end.
+    steps: Vec<usize>,
     dropping: Vec<String>,
     observed: Vec<Observed<T>>,
     kernels: BTreeSet<String>,
@@ -499,12 +519,15 @@ struct Undisturbed<T: Element> {
 impl<T: Element> Undisturbed<T> {
     fn run(path: &Path) -> Self {
         let (context_, stream) = context(path);
-        let watched = emulator::watch_calls();
         let mut program = Program::<T>::new(stream, path);
+        let (mut calls, mut steps) = (Vec::new(), Vec::new());
         for (name, step) in Program::STEPS {
+            steps.push(calls.len());
+            let watched = emulator::watch_calls();
             step(&mut program).unwrap_or_else(|error| panic!("{path:?}, {name}: {error}"));
+            calls.extend(watched.finish());
         }
-        let calls = watched.finish();
+        steps.push(calls.len());
         let watched = emulator::watch_calls();
         drop(program);
         let dropping = watched.finish();
@@ -521,10 +544,20 @@ impl<T: Element> Undisturbed<T> {
         let launches = emulator::launches(stream.cu_stream());
         Self {
             calls,
+            steps,
             dropping,
             observed,
             kernels: launches.into_iter().map(|launch| launch.kernel).collect(),
         }
+    }
+
+    /// The calls of the steps from this one to that one.
+    fn calls_of(&self, first: &str, last: &str) -> Range<usize> {
+        let at = |wanted: &str| {
+            let step = Program::<T>::STEPS.iter().position(|(name, _)| *name == wanted);
+            step.expect("a step of this name")
+        };
+        self.steps[at(first)]..self.steps[at(last) + 1]
     }
 }
 
@@ -602,28 +635,36 @@ fn assert_lost(failed: &str, context: &CudaContext, what: &str) {
     assert!(lost.contains(&live), "{what}: {live} allocations are left");
 }
 
-/// Every call of the program fails once.
-fn disturb_all(path: &Path) {
+/// Every call of the program fails once; or every call of the steps that have to do with kernels, if `all` is not set.
+fn disturb_path(path: &Path, all: bool) {
     with_element!(path.dtype, E => {
         let undisturbed = Undisturbed::<E>::run(path);
-        for number in 0..undisturbed.calls.len() {
+        let calls = if all {
+            0..undisturbed.calls.len()
+        } else {
+            undisturbed.calls_of("prepare", "backward in evaluation")
+        };
+        let dropping = if all { undisturbed.dropping.len() } else { 0 };
+        common::say(&format!("{} faults, {}, {}, {}", calls.len() + dropping, path.choice, path.shape, path.dtype));
+        for number in calls {
             disturb(path, &undisturbed, number);
         }
-        for number in 0..undisturbed.dropping.len() {
+        for number in 0..dropping {
             disturb_end(path, &undisturbed, number);
         }
-        common::say(&format!("{} faults in {path:?}", undisturbed.calls.len()));
     });
 }
 
 #[test]
 fn every_call_may_fail() {
+    let all = std::env::var_os(VARIABLE).is_some_and(|value| value == "all");
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, |count| count.get()) {
             scope.spawn(|| {
+                // What is not about kernels is the same on every path, but for the events of a stream of its own.
                 while let Some(path) = PATHS.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    disturb_all(path);
+                    disturb_path(path, path.own_stream || all);
                 }
             });
         }
