@@ -3,7 +3,7 @@
 //!     cargo run --release --example compile_kernels -- --architectures 75,80,86,89,90,100,120 --thorough 90
 //!
 //! What a plan can ask for is more than one compiles every day, and most of it differs by constants alone. So `--select`
-//! takes the instantiations of `scripts/kernel-report`'s table (`table`), these and the same in bf16 (`usual`), or all of them
+//! takes the instantiations of `scripts/kernel-report`'s table (`table`), these and the same in bf16 and f64 (`usual`), or all of them
 //! (`all`); and for the architectures named by `--thorough` there are also every vector width, block size and index width of
 //! the general kernels, and every team and way of copying of the resident ones. Prints, for each architecture, how many
 //! instantiations were compiled, their bytes and the time. Ends with an error if one of them does not compile.
@@ -45,9 +45,9 @@ struct Arguments {
 /// Which instantiations are compiled for an architecture that is not thorough.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Selection {
-    /// Those of the table: the widest vectors, one block size, 32-bit indices, no bf16.
+    /// Those of the table: the widest vectors of f16 and f32, one block size, 32-bit indices.
     Table,
-    /// The same with bf16.
+    /// The same of all element types.
     Usual,
     /// Every instantiation that a plan can ask for.
     All,
@@ -56,7 +56,7 @@ enum Selection {
 impl Selection {
     fn takes(self, one: &Instantiation) -> bool {
         match self {
-            Selection::Table => is_usual(one) && one.dtype != Dtype::Bf16,
+            Selection::Table => is_usual(one) && matches!(one.dtype, Dtype::F16 | Dtype::F32),
             Selection::Usual => is_usual(one),
             Selection::All => true,
         }
@@ -75,7 +75,7 @@ fn is_usual(one: &Instantiation) -> bool {
             };
             typical
                 && one.threads == 512
-                && one.epilogue != Epilogue::Relu
+                && one.epilogue == Epilogue::AddRelu
                 && [Team::Block, Team::Cluster(8), Team::Grid].contains(&resident.team)
                 && copies.contains(&(resident.stages, resident.bulk))
         }
@@ -91,7 +91,7 @@ fn is_thorough(one: &Instantiation) -> bool {
                 && one.threads == 512
                 && !one.wide_index
                 && one.dtype == Dtype::F16
-                && one.epilogue == Epilogue::AddRelu
+                && one.epilogue != Epilogue::Relu
         }
     }
 }
@@ -168,8 +168,7 @@ fn is_widest(instantiation: &Instantiation) -> bool {
 fn is_sample(one: &Instantiation) -> bool {
     Selection::Table.takes(one)
         && one.walk == Walk::Planes
-        && one.epilogue == Epilogue::Identity
-        && one.dtype != Dtype::F64
+        && (one.epilogue == Epilogue::Identity || one.resident.is_some())
 }
 
 /// Shared memory that the instantiation is launched with, on a layer of ResNet-50 and shapes beside it, if one of them asks
