@@ -384,8 +384,18 @@ impl Cuda {
             dz: dz.address,
         };
         let values = shape.values_per_channel()? as u64;
+        let parameter_gradients = arguments::ParameterGradients {
+            weight: weight_gradient.address,
+            bias: bias_gradient.address,
+            accumulate: u64::from(accumulate),
+        };
         let prepared = self.device.prepare(&problem, &self.choice)?;
         self.run(&prepared, |stream, function, launch| {
+            let gradients = if launch.writes_parameter_gradients {
+                parameter_gradients
+            } else {
+                arguments::ParameterGradients::default()
+            };
             match launch.instantiation.kernel {
                 Kernel::BackwardReduce => {
                     let arguments = arguments::BackwardReduce {
@@ -394,9 +404,7 @@ impl Cuda {
                         partials: workspace.partials(),
                         sum: workspace.first.address,
                         sum_centred: workspace.second.address,
-                        weight: weight_gradient.address,
-                        bias: bias_gradient.address,
-                        accumulate: u64::from(accumulate),
+                        gradients,
                         tiling: launch.tiling,
                     };
                     launch_kernel(stream, function, launch, &arguments)
@@ -406,9 +414,7 @@ impl Cuda {
                         tensors,
                         normalisation,
                         partials: workspace.partials(),
-                        weight: weight_gradient.address,
-                        bias: bias_gradient.address,
-                        accumulate: u64::from(accumulate),
+                        gradients,
                         values,
                         tiling: launch.tiling,
                     };
@@ -421,6 +427,7 @@ impl Cuda {
                         sum: workspace.first.address,
                         sum_centred: workspace.second.address,
                         values,
+                        gradients,
                         tiling: launch.tiling,
                     };
                     launch_kernel(stream, function, launch, &arguments)
