@@ -210,6 +210,8 @@
 
 mod backend;
 mod batch_norm;
+#[cfg(feature = "candle")]
+pub mod candle;
 mod config;
 pub mod cpu;
 pub mod cuda;
