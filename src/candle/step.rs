@@ -159,3 +159,120 @@ impl<'t, 'm, B: Backend, T: Element> Operands<'t, 'm, B, T> {
 fn apart<V>(parameters: Option<[V; 2]>) -> [Option<V>; 2] {
     parameters.map_or([None, None], |parameters| parameters.map(Some))
 }
+
+/// What a step costs a device, counted by the stand-in driver. candle's own kernels run on no stand-in, so the memory here
+/// is plain; all launches of a step in candle are those of these passes.
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use cudarc::driver::{CudaContext, CudaSlice};
+
+    use super::*;
+    use crate::backend::{AsTensor as _, AsTensorMut as _};
+    use crate::config::Momentum;
+    use crate::cuda::DiskCache;
+    use crate::{Cuda, Result};
+
+    /// Runs a pass, of launches and no other calls. Gives the bytes they move, in tensors of `len` elements.
+    fn counted(cuda: &Cuda, len: usize, pass: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let stream = cuda.stream().cu_stream();
+        let _ = emulator::launches(stream);
+        let before = emulator::thread_calls();
+        pass()?;
+        let after = emulator::thread_calls();
+        let launches = emulator::launches(stream);
+        let expected = emulator::Calls {
+            launches: before.launches + launches.len() as u64,
+            ..before
+        };
+        assert_eq!(after, expected);
+        let bytes: u64 = launches
+            .iter()
+            .map(|launch| launch.bytes_loaded + launch.bytes_stored)
+            .sum();
+        Ok(bytes as f64 / (len * size_of::<f32>()) as f64)
+    }
+
+    fn operands<'a>(shape: Shape, [x, weight, bias]: [&'a CudaSlice<f32>; 3]) -> Operands<'a, 'a, Cuda, f32> {
+        Operands {
+            shape,
+            eps: 1e-5,
+            x: x.view(),
+            parameters: Some([weight.view(), bias.view()]),
+        }
+    }
+
+    #[test]
+    fn a_step_is_launches_and_nothing_else() -> Result<()> {
+        let shape = Shape::nchw(16, 8, 32, 32);
+        let (len, channels) = (shape.len()?, shape.channels);
+        emulator::install();
+        let context = CudaContext::new(emulator::ordinal("h200")).expect("the stand-in's device");
+        // With one stream in the context, cudarc has no events to record.
+        let cuda = Cuda::with_cache(context.default_stream(), DiskCache::Off)?;
+        for epilogue in Epilogue::ALL {
+            let tensor = || cuda.upload(&(0..len).map(|i| (i % 97) as f32 - 40.0).collect::<Vec<_>>());
+            let vector = || cuda.upload(&vec![1.0f32; channels]);
+            let (x, residual, dy) = (tensor()?, tensor()?, tensor()?);
+            let (weight, bias) = (vector()?, vector()?);
+            let (mut mean, mut variance, mut batches) = (vector()?, vector()?, cuda.zeros::<i64>(1)?);
+            let (mut y, mut dx, mut dz) = (tensor()?, tensor()?, tensor()?);
+            let (mut dweight, mut dbias) = (vector()?, vector()?);
+            let mut step = Step::<Cuda, f32>::new(&cuda, shape, epilogue)?;
+            let forward = counted(&cuda, len, || {
+                let epilogue = match epilogue {
+                    Epilogue::Identity => ForwardEpilogue::Identity,
+                    Epilogue::Relu => ForwardEpilogue::Relu,
+                    Epilogue::AddRelu => ForwardEpilogue::AddRelu { z: residual.view() },
+                };
+                let update = RunningUpdate {
+                    mean: mean.view_mut(),
+                    variance: variance.view_mut(),
+                    batches: batches.view_mut(),
+                    momentum: Momentum::Factor(0.1),
+                    skip_non_finite: false,
+                };
+                step.forward(
+                    &cuda,
+                    operands(shape, [&x, &weight, &bias]),
+                    epilogue,
+                    y.view_mut(),
+                    Some(update),
+                )
+            })?;
+            let backward = counted(&cuda, len, || {
+                let epilogue = match epilogue {
+                    Epilogue::Identity => BackwardEpilogue::Identity,
+                    Epilogue::Relu => BackwardEpilogue::Relu,
+                    Epilogue::AddRelu => BackwardEpilogue::AddRelu {
+                        y: y.view(),
+                        dz: Some(dz.view_mut()),
+                    },
+                };
+                let gradients = Gradients {
+                    x: Some(dx.view_mut()),
+                    parameters: Some([dweight.view_mut(), dbias.view_mut()]),
+                };
+                step.backward(
+                    &cuda,
+                    operands(shape, [&x, &weight, &bias]),
+                    epilogue,
+                    None,
+                    dy.view(),
+                    gradients,
+                )
+            })?;
+            // What two kernels move that each read their input: at most this, and vectors of one value per channel.
+            let (most_forward, most_backward) = match epilogue {
+                Epilogue::Identity | Epilogue::Relu => (3.0, 5.0),
+                Epilogue::AddRelu => (4.0, 8.0),
+            };
+            assert!(forward < most_forward + 0.02, "{epilogue}: {forward} tensors forward");
+            assert!(
+                backward < most_backward + 0.02,
+                "{epilogue}: {backward} tensors backward"
+            );
+            assert_eq!(cuda.read(&batches)?, [1]);
+        }
+        Ok(())
+    }
+}
