@@ -1,9 +1,11 @@
 //! Batch normalisation for [candle](https://docs.rs/candle-core) (features `candle` and `candle-cuda`).
 //!
-//! [`BatchNorm2d`] takes the place of [`candle_nn::BatchNorm`], and [`batch_norm`] that of [`candle_nn::batch_norm`]:
-//! where a model says
+//! # From candle-nn
 //!
-//! ```ignore
+//! [`BatchNorm2d`] takes the place of [`candle_nn::BatchNorm`], and [`batch_norm`] that of [`candle_nn::batch_norm`]. Where
+//! a model says
+//!
+//! ```
 //! use candle_nn::{batch_norm, BatchNorm};
 //! ```
 //!
@@ -13,7 +15,19 @@
 //! use batchnorm_cuda::candle::{batch_norm, BatchNorm2d as BatchNorm};
 //! ```
 //!
-//! and all else stays: names of variables, configuration, checkpoints.
+//! and all else stays:
+//!
+//! | with candle-nn | here |
+//! |---|---|
+//! | `batch_norm(channels, config, vb)` | the same, with candle-nn's own [`BatchNormConfig`] or a number for its eps |
+//! | `BatchNorm::new(..)`, `new_no_bias`, `new_with_momentum`, `new_no_bias_with_momentum` | the same |
+//! | `bn.forward_t(&x, train)`, `bn.forward_train(&x)` | the same |
+//! | `bn.forward_t(&x, train)?.relu()` | [`bn.forward_relu_t(&x, train)`](BatchNorm2d::forward_relu_t) |
+//! | `(bn.forward_t(&x, train)? + z)?.relu()` | [`bn.forward_add_relu_t(&x, &z, train)`](BatchNorm2d::forward_add_relu_t) |
+//! | `running_mean()`, `running_var()`, `weight_and_bias()`, `eps()`, `momentum()` | the same |
+//! | variables and checkpoints: `weight`, `bias`, `running_mean`, `running_var` | the same, in both directions |
+//! | no [`Module`]: a closure around `forward_t(x, false)` | [`bn.inference()`](BatchNorm2d::inference) |
+//! | nothing | [`bn.num_batches_tracked()`](BatchNorm2d::num_batches_tracked), and [`batch_norm2d`] with PyTorch's options |
 //!
 //! ```
 //! use batchnorm_cuda::candle::batch_norm;
