@@ -91,20 +91,17 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// Fails where two courses from the same start part too soon.
 ///
 /// In the first step only roundings differ, some 1e-7 each. Every step passes the difference on, and enlarges it where a
-/// value has come to the other side of a relu or of a maximum: so the epochs are given more room, and only the first ones
-/// are compared.
+/// value has come to the other side of a relu or of a maximum (four seeds gave 1e-9 to 7e-4): so the epochs have more room,
+/// and only the first ones are compared.
+fn check_agreement([own, theirs]: &[Course; 2]) -> Result<(), Box<dyn Error>> {
     const EPOCHS: usize = 3;
     let epochs = own.epochs.iter().zip(&theirs.epochs).take(EPOCHS);
-    let losses = epochs.map(|(own, theirs)| (own.loss, theirs.loss, 1e-3));
+    let losses = epochs.map(|(own, theirs)| (own.loss, theirs.loss, 1e-2));
     for (own, theirs, limit) in [(own.first_loss, theirs.first_loss, 1e-6)].into_iter().chain(losses) {
         let difference = (own / theirs - 1.0).abs();
-        println!("losses {own:.6} and {theirs:.6}: {difference:.1e} apart");
+        println!("losses of both: {own:.6} and {theirs:.6}, {difference:.0e} apart");
         if difference.is_nan() || difference > limit {
-            return Err(format!(
-                "the losses {own} and {theirs} differ by more than {:.3} %",
-                100.0 * limit
-            )
-            .into());
+            return Err(format!("the losses differ by more than {limit:.0e}").into());
         }
     }
     Ok(())
