@@ -138,7 +138,10 @@ fn serve() {
     }
 }
 
-fn answer(request: &str, prepared: &mut Option<(Shape, Dtype, Box<dyn Passes>)>) -> std::result::Result<Vec<f64>, String> {
+fn answer(
+    request: &str,
+    prepared: &mut Option<(Shape, Dtype, Box<dyn Passes>)>,
+) -> std::result::Result<Vec<f64>, String> {
     let request: Value = serde_json::from_str(request).map_err(|error| error.to_string())?;
     let text = |key: &str| request[key].as_str().ok_or(format!("no text under {key:?}"));
     let op: Op = text("op")?.parse()?;
