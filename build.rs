@@ -10,7 +10,15 @@ use std::{env, fs};
 
 use sha2::{Digest, Sha256};
 
-const KERNELS: [&str; 4] = ["statistics", "apply", "backward_reduce", "backward_apply"];
+const KERNELS: [&str; 7] = [
+    "statistics",
+    "apply",
+    "backward_reduce",
+    "backward_apply",
+    "merge_statistics",
+    "merge_sums",
+    "update_running",
+];
 
 fn main() {
     let folder = Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("kernels");

@@ -150,6 +150,28 @@ pub enum Error {
     )]
     CaptureWithEventTracking,
 
+    /// The ranks of a synchronised batch norm do not do the same thing. Every rank that finds out gets this error.
+    #[error("rank {rank} differs from the others in its {what}: expected {expected}, got {got}")]
+    RanksDisagree {
+        /// What differs.
+        what: &'static str,
+        /// The first rank that differs.
+        rank: usize,
+        /// What the others have.
+        expected: String,
+        /// What that rank has.
+        got: String,
+    },
+
+    /// Ranks cannot reach each other: one has left or is late, or the library between them says so.
+    #[error("collective operation failed at rank {rank}: {message}")]
+    Collective {
+        /// The rank that it happened to.
+        rank: usize,
+        /// What happened.
+        message: String,
+    },
+
     /// CUDA cannot be used on this machine.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),

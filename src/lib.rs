@@ -219,6 +219,7 @@ mod error;
 mod request;
 mod shape;
 mod state;
+mod sync;
 mod welford;
 
 mod sealed {
@@ -237,6 +238,7 @@ pub use error::{Error, Result, StateError};
 pub use request::{Backward, Forward, Gradients};
 pub use shape::{Layout, Shape};
 pub use state::StateDict;
+pub use sync::{Collective, SyncBackend, SyncBatchNorm, SyncSaved, ThreadRank};
 
 pub use cudarc;
 pub use half;

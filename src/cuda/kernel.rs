@@ -27,15 +27,24 @@ pub enum Kernel {
     BackwardReduce,
     /// Gradient at the input.
     BackwardApply,
+    /// Statistics of all ranks from those of each.
+    MergeStatistics,
+    /// Sums over the gradient of all ranks from those of each.
+    MergeSums,
+    /// Running statistics by those of all ranks.
+    UpdateRunning,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 4] = [
+    pub const ALL: [Kernel; 7] = [
         Kernel::Statistics,
         Kernel::Apply,
         Kernel::BackwardReduce,
         Kernel::BackwardApply,
+        Kernel::MergeStatistics,
+        Kernel::MergeSums,
+        Kernel::UpdateRunning,
     ];
 
     /// The name of the file under `kernels/`, and of the function in it.
@@ -45,6 +54,9 @@ impl Kernel {
             Kernel::Apply => "apply",
             Kernel::BackwardReduce => "backward_reduce",
             Kernel::BackwardApply => "backward_apply",
+            Kernel::MergeStatistics => "merge_statistics",
+            Kernel::MergeSums => "merge_sums",
+            Kernel::UpdateRunning => "update_running",
         }
     }
 
@@ -57,7 +69,16 @@ impl Kernel {
             Kernel::BackwardReduce => 2 + residual,
             // Without statistics x is needed only to compute a relu's mask again.
             Kernel::BackwardApply => 1 + residual + u64::from(batch_statistics || epilogue == Epilogue::Relu),
+            Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning => 0,
         }
+    }
+
+    /// Whether it walks no tensor: one thread per channel.
+    pub(super) const fn per_channel(self) -> bool {
+        matches!(
+            self,
+            Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning
+        )
     }
 
     /// What it can be told at compile time beside its walk: epilogue, `stores_gradient`, `batch_statistics`.
@@ -69,7 +90,9 @@ impl Kernel {
                 .collect()
         };
         match self {
-            Kernel::Statistics => vec![(Epilogue::Identity, false, false)],
+            Kernel::Statistics | Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning => {
+                vec![(Epilogue::Identity, false, false)]
+            }
             Kernel::Apply => each(&[(false, false)]),
             Kernel::BackwardReduce => each(&[(false, false), (true, false)]),
             Kernel::BackwardApply => each(&[(false, false), (false, true)]),
@@ -82,6 +105,9 @@ impl Kernel {
             Kernel::Apply => &sources::APPLY,
             Kernel::BackwardReduce => &sources::BACKWARD_REDUCE,
             Kernel::BackwardApply => &sources::BACKWARD_APPLY,
+            Kernel::MergeStatistics => &sources::MERGE_STATISTICS,
+            Kernel::MergeSums => &sources::MERGE_SUMS,
+            Kernel::UpdateRunning => &sources::UPDATE_RUNNING,
         }
     }
 }
@@ -116,6 +142,10 @@ impl Instantiation {
     pub fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for kernel in Kernel::ALL {
+            if kernel.per_channel() {
+                all.extend([Dtype::F32, Dtype::F64].map(|dtype| Self::per_channel(kernel, dtype)));
+                continue;
+            }
             for (epilogue, stores_gradient, batch_statistics) in kernel.variants() {
                 for dtype in Dtype::ALL {
                     for (walk, vector) in walks(dtype) {
@@ -142,6 +172,22 @@ impl Instantiation {
         all
     }
 
+    /// A kernel that walks no tensor, for parameters of this type.
+    pub(super) const fn per_channel(kernel: Kernel, param: Dtype) -> Self {
+        Instantiation {
+            kernel,
+            dtype: param,
+            walk: Walk::Planes,
+            vector: 1,
+            unroll: 1,
+            threads: tiling::BLOCK_SIZES[0] as u32,
+            wide_index: false,
+            epilogue: Epilogue::Identity,
+            stores_gradient: false,
+            batch_statistics: false,
+        }
+    }
+
     /// The compiler's options that make this instantiation of the source.
     pub fn definitions(&self) -> Vec<String> {
         let element = match self.dtype {
@@ -150,8 +196,9 @@ impl Instantiation {
             Dtype::F32 => "float",
             Dtype::F64 => "double",
         };
-        let real = match self.dtype.param() {
-            Dtype::F64 => "double",
+        let real = match (self.kernel, self.dtype.param()) {
+            // What ranks tell each other is joined in double precision: see kernels/message.cuh.
+            (Kernel::MergeStatistics | Kernel::MergeSums, _) | (_, Dtype::F64) => "double",
             _ => "float",
         };
         let epilogue = match self.epilogue {

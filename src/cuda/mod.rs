@@ -6,7 +6,7 @@
 //! | `limits`, `kernel` | plain values: what a device can do, which kernels there are |
 //! | `tiling`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
 //! | `nvrtc`, `compile`, `disk_cache`, `device` | from source to a loaded kernel, once |
-//! | `workspace`, `arguments`, `launch` | carries a plan out on a stream |
+//! | `workspace`, `arguments`, `launch`, `synchronised` | carries a plan out on a stream |
 
 mod arguments;
 mod compile;
@@ -19,6 +19,7 @@ mod limits;
 mod nvrtc;
 pub mod plan;
 mod probe;
+mod synchronised;
 mod tiling;
 mod workspace;
 
@@ -40,6 +41,7 @@ pub use crate::error::{OLDEST_ARCHITECTURE, Unavailable};
 
 use self::device::Device;
 use self::driver_error::{allocation_error, driver_error};
+use self::launch::BackwardPart;
 use self::plan::{Alignment, Operation, Problem};
 use crate::backend::{AsTensor, AsTensorMut, Backend, BackwardPass, ForwardPass};
 use crate::element::{Element, Plain};
@@ -269,8 +271,8 @@ impl Backend for Cuda {
         self.launch_forward(pass)
     }
 
-    fn backward<T: Element>(&self, pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
-        self.launch_backward(pass)
+    fn backward<T: Element>(&self, mut pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
+        self.launch_backward(&mut pass, BackwardPart::Whole)
     }
 }
 

@@ -87,11 +87,39 @@ pub enum Tracking {
     CumulativeAverage,
 }
 
+/// Which part of a pass runs. A synchronised batch norm runs its passes in parts, between which the ranks tell each other
+/// what they have found; whatever runs on one device alone is whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// All of it.
+    Whole,
+    /// What a rank finds in its own batch: statistics, or sums over the gradient.
+    Rank,
+    /// All ranks' results from those of each.
+    Merge {
+        /// How many ranks.
+        ranks: usize,
+    },
+    /// What follows from all ranks' results for the elements of this rank's batch.
+    Apply,
+    /// The running statistics moved by those of all ranks.
+    Update,
+}
+
+impl Stage {
+    /// Whether it passes over channels, and over no tensor.
+    const fn per_channel(self) -> bool {
+        matches!(self, Stage::Merge { .. } | Stage::Update)
+    }
+}
+
 /// Everything that a plan depends on, but the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {
     /// What is to be computed.
     pub operation: Operation,
+    /// Which part of it, in training over several ranks.
+    pub stage: Stage,
     /// The shape of every tensor.
     pub shape: Shape,
     /// The element type of every tensor.
@@ -119,6 +147,7 @@ impl Problem {
     pub const fn new(operation: Operation, shape: Shape, dtype: Dtype) -> Self {
         Self {
             operation,
+            stage: Stage::Whole,
             shape,
             dtype,
             epilogue: Epilogue::Identity,
@@ -147,8 +176,12 @@ impl Problem {
     pub const fn canonical(self) -> Self {
         let backward = matches!(self.operation, Operation::Backward | Operation::BackwardEval);
         Self {
-            tracking: match self.operation {
-                Operation::Train => self.tracking,
+            stage: match self.operation {
+                Operation::Train | Operation::Backward => self.stage,
+                Operation::Eval | Operation::BackwardEval => Stage::Whole,
+            },
+            tracking: match (self.operation, self.stage) {
+                (Operation::Train, Stage::Whole | Stage::Merge { .. } | Stage::Update) => self.tracking,
                 _ => Tracking::None,
             },
             input_gradient: self.input_gradient && backward,
@@ -162,9 +195,12 @@ impl Problem {
     /// The fewest tensors that must cross memory, each one read or written once.
     fn minimum_tensors(&self) -> u64 {
         let residual = u64::from(self.epilogue == Epilogue::AddRelu);
-        match self.operation {
-            Operation::Train | Operation::Eval => 2 + residual,
-            Operation::Backward | Operation::BackwardEval => {
+        match (self.operation, self.stage) {
+            (_, Stage::Merge { .. } | Stage::Update) => 0,
+            (Operation::Train, Stage::Rank) => 1,
+            (Operation::Backward, Stage::Rank) => 2 + residual,
+            (Operation::Train | Operation::Eval, _) => 2 + residual,
+            (Operation::Backward | Operation::BackwardEval, _) => {
                 let outputs = u64::from(self.input_gradient) + u64::from(self.residual_gradient);
                 // In evaluation, dx alone needs no x, unless to compute the relu's mask again.
                 let x = self.needs_sums() || (self.input_gradient && self.epilogue == Epilogue::Relu);
@@ -189,7 +225,8 @@ impl Problem {
         }
         let values = shape.values_per_channel()?;
         match self.operation {
-            Operation::Train if values == 1 => Err(Error::OneValuePerChannel { shape }),
+            // Other ranks may have more values.
+            Operation::Train if values == 1 && self.stage == Stage::Whole => Err(Error::OneValuePerChannel { shape }),
             _ => Ok(()),
         }
     }
@@ -273,7 +310,7 @@ impl Plan {
         Ok(Self {
             problem,
             device: limits.name.clone(),
-            kernels: if problem.shape.is_empty() {
+            kernels: if problem.shape.is_empty() && !problem.stage.per_channel() {
                 Vec::new()
             } else {
                 planner.launches()
@@ -295,7 +332,7 @@ impl Plan {
 
     /// Tensors' bytes over the fewest possible: 1 is the best there is. Per-channel vectors are not counted.
     pub fn traffic_ratio(&self) -> f64 {
-        if self.kernels.is_empty() {
+        if self.minimum_bytes() == 0 {
             return 1.0;
         }
         self.traffic().tensors as f64 / self.minimum_bytes() as f64
@@ -353,6 +390,19 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     fn launches(&self) -> Vec<KernelLaunch> {
+        let problem = self.problem;
+        match problem.stage {
+            Stage::Whole => self.whole(),
+            Stage::Rank if problem.operation == Operation::Train => vec![self.statistics()],
+            Stage::Rank => vec![self.backward_reduce(true)],
+            Stage::Merge { ranks } => vec![self.merge(ranks as u64)],
+            Stage::Apply if problem.operation == Operation::Train => vec![self.apply(true)],
+            Stage::Apply => vec![self.backward_apply(problem.input_gradient)],
+            Stage::Update => vec![self.update_running()],
+        }
+    }
+
+    fn whole(&self) -> Vec<KernelLaunch> {
         let problem = self.problem;
         match problem.operation {
             Operation::Train => vec![self.statistics(), self.apply(true)],
@@ -437,6 +487,54 @@ impl Planner<'_> {
         })
     }
 
+    /// Every rank's message read: a tag, a count, and three numbers per channel forward, two backward.
+    fn merge(&self, ranks: u64) -> KernelLaunch {
+        let channels = self.problem.shape.channels as u64;
+        let (kernel, read, written, outcome) = match self.problem.operation {
+            Operation::Train => (Kernel::MergeStatistics, 3, 4, 2 * WORD_BYTES),
+            _ => (Kernel::MergeSums, 2, 2, 0),
+        };
+        self.per_channel(kernel, |counts, _| {
+            counts.read += ranks * channels * (2 * WORD_BYTES + read * counts.real);
+            counts.written += channels * written * counts.real + outcome;
+            if self.problem.tracking == Tracking::CumulativeAverage {
+                counts.read += COUNTER_BYTES;
+                counts.written += counts.real;
+            }
+        })
+    }
+
+    fn update_running(&self) -> KernelLaunch {
+        let channels = self.problem.shape.channels as u64;
+        let factor = u64::from(self.problem.tracking == Tracking::CumulativeAverage);
+        self.per_channel(Kernel::UpdateRunning, |counts, threads| {
+            // Pivot, mean_offset, variance; both running statistics in and out; the count of batches.
+            counts.read += channels * 5 * counts.real + COUNTER_BYTES;
+            counts.written += channels * 2 * counts.real + COUNTER_BYTES;
+            // Every thread reads the outcome, and the factor if the momentum is a cumulative average.
+            counts.read += threads * (2 * WORD_BYTES + factor * counts.real);
+        })
+    }
+
+    fn per_channel(&self, kernel: Kernel, count: impl FnOnce(&mut Counts, u64)) -> KernelLaunch {
+        let instantiation = Instantiation::per_channel(kernel, self.problem.dtype.param());
+        let channels = self.problem.shape.channels as u64;
+        let threads = u64::from(instantiation.threads);
+        let grid = channels.div_ceil(threads).min(u64::from(self.limits.grid));
+        let mut counts = Counts::new(self.problem);
+        count(&mut counts, grid * threads);
+        KernelLaunch {
+            instantiation,
+            grid: grid as u32,
+            shared_bytes: 0,
+            tiling: Tiling {
+                channels,
+                ..Tiling::default()
+            },
+            traffic: counts.traffic(),
+        }
+    }
+
     fn gradient_outputs(&self) -> u64 {
         u64::from(self.problem.input_gradient) + u64::from(self.problem.residual_gradient)
     }
@@ -494,6 +592,9 @@ impl Planner<'_> {
 
 /// Bytes of `num_batches_tracked`.
 const COUNTER_BYTES: u64 = 8;
+
+/// Bytes of a word in what ranks tell each other.
+const WORD_BYTES: u64 = 8;
 
 /// Bytes of one counter of arrived blocks.
 const ARRIVED_BYTES: u64 = 4;
