@@ -22,8 +22,7 @@ struct Arguments {
 
 KERNEL(merge_statistics, Arguments, THREADS) {
   const Gathered& gathered = arguments.gathered;
-  for (u64 c = blockIdx.x * (u64)THREADS + threadIdx.x; c < gathered.channels;
-       c += gridDim.x * (u64)THREADS) {
+  for (u64 c = blockIdx.x * (u64)THREADS + threadIdx.x; c < gathered.channels; c += gridDim.x * (u64)THREADS) {
     Welford all = Welford::empty();
     Real pivot = Real(0);
     bool agree = true;
@@ -41,8 +40,7 @@ KERNEL(merge_statistics, Arguments, THREADS) {
     store_one(arguments.pivot + c, (Element)pivot);
     store_one(arguments.mean_offset + c, (Element)(agree ? all.moments.mean : nothing()));
     store_one(arguments.variance + c, variance);
-    store_one(arguments.invstd + c,
-              spread == Element(0) ? Element(0) : divide_rn(Element(1), sqrt_rn(spread)));
+    store_one(arguments.invstd + c, spread == Element(0) ? Element(0) : divide_rn(Element(1), sqrt_rn(spread)));
     if (c == 0) {
       store_one(arguments.outcome, (u64)(!agree ? RANKS_DISAGREE : all.count == 1 ? ONE_VALUE : SOUND));
       store_one(arguments.outcome + 1, all.count);

@@ -16,8 +16,7 @@ struct Arguments {
 
 KERNEL(merge_sums, Arguments, THREADS) {
   const Gathered& gathered = arguments.gathered;
-  for (u64 c = blockIdx.x * (u64)THREADS + threadIdx.x; c < gathered.channels;
-       c += gridDim.x * (u64)THREADS) {
+  for (u64 c = blockIdx.x * (u64)THREADS + threadIdx.x; c < gathered.channels; c += gridDim.x * (u64)THREADS) {
     Real sum = Real(0), sum_centred = Real(0);
     u64 values = 0;
     bool agree = true;

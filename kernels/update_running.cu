@@ -29,8 +29,7 @@ KERNEL(update_running, Arguments, THREADS) {
   const Element momentum = arguments.cumulative ? load_one(arguments.cumulative) : (Element)arguments.momentum;
   const Element unbias = divide_rn((Element)values, (Element)(values - 1));
   const Element keep = Element(1) - momentum;
-  for (u64 c = blockIdx.x * (u64)THREADS + threadIdx.x; c < arguments.channels;
-       c += gridDim.x * (u64)THREADS) {
+  for (u64 c = blockIdx.x * (u64)THREADS + threadIdx.x; c < arguments.channels; c += gridDim.x * (u64)THREADS) {
     const Element mean = load_one(arguments.pivot + c) + load_one(arguments.mean_offset + c);
     const Element variance = load_one(arguments.batch_variance + c);
     if (arguments.skip_non_finite && !(is_finite(mean) && is_finite(variance))) continue;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use batchnorm_cuda::half::{bf16, f16};
 use batchnorm_cuda::{
-    AsTensor, AsTensorMut, Backend, Backward, BatchNorm2d, BatchNorm2dConfig, Collective, Cpu, Element, Epilogue,
-    Error, Forward, Layout, Momentum, Real, Result, Shape, StateDict, SyncBackend, SyncBatchNorm, ThreadRank,
+    AsTensor, AsTensorMut, Backward, BatchNorm2d, BatchNorm2dConfig, Collective, Cpu, Element, Epilogue, Error,
+    Forward, Layout, Momentum, Real, Result, Shape, StateDict, SyncBackend, SyncBatchNorm, ThreadRank,
 };
 use common::{
     Case, Device, Outcome, Random, assert_near_reference, assert_same_bits, by_channel, on_every_device, run, sum,
@@ -126,17 +126,20 @@ fn rank_step<B: Ranked, T: Element>(
 
 /// The whole batch's results: the ranks' images one after another, and the sums of their parameter gradients.
 fn joined<T: Element>(ranks: &[RankOutcome<T>]) -> Outcome<T> {
-    let mut all = ranks[0].outcome.clone();
-    let add = |to: &mut Option<Vec<T::Param>>, of: &dyn Fn(&Outcome<T>) -> Option<Vec<T::Param>>| {
-        if let Some(to) = to {
-            for (channel, total) in to.iter_mut().enumerate() {
-                let terms = ranks.iter().map(|rank| of(&rank.outcome).unwrap()[channel].to_f64());
-                *total = T::Param::from_f64(sum(terms));
-            }
-        }
+    let total = |of: fn(&Outcome<T>) -> &Option<Vec<T::Param>>| {
+        of(&ranks[0].outcome).as_ref().map(|first| {
+            let of_channel = |channel: usize| {
+                let each = ranks.iter().map(|rank| of(&rank.outcome).as_ref().unwrap());
+                T::Param::from_f64(sum(each.map(|sums| sums[channel].to_f64())))
+            };
+            (0..first.len()).map(of_channel).collect()
+        })
     };
-    add(&mut all.dweight, &|outcome| outcome.dweight.clone());
-    add(&mut all.dbias, &|outcome| outcome.dbias.clone());
+    let mut all = Outcome {
+        dweight: total(|outcome| &outcome.dweight),
+        dbias: total(|outcome| &outcome.dbias),
+        ..ranks[0].outcome.clone()
+    };
     for rank in &ranks[1..] {
         all.y.extend(&rank.outcome.y);
         for (to, from) in [(&mut all.dx, &rank.outcome.dx), (&mut all.dz, &rank.outcome.dz)] {
@@ -470,7 +473,7 @@ fn a_rank_may_call_again_after_a_wrong_argument<B: Ranked>(device: &B) {
         let module = BatchNorm2d::<B, f32>::new(&device, BatchNorm2dConfig::new(3)).unwrap();
         let mut bn = SyncBatchNorm::new(module, collective).unwrap();
         let mut saved = bn.prepare::<f32>(shape).unwrap();
-        let x = device.upload(&vec![rank as f32; 24]).unwrap();
+        let x = device.upload(&[rank as f32; 24]).unwrap();
         let mut y = device.zeros::<f32>(24).unwrap();
         if rank == 0 {
             let short = device.upload(&[0.0f32; 23]).unwrap();

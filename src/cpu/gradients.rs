@@ -21,11 +21,12 @@ use crate::element::{Element, Real};
 pub(super) enum Part {
     /// All of it.
     Whole,
-    /// A synchronised pass before the ranks meet: the sums, not yet divided by the number of values, and the gradients at
-    /// weight and bias.
+    /// A synchronised pass before the ranks meet: the sums, not yet divided by the number of values.
     Sums,
     /// A synchronised pass after they have met: the gradients at x and z.
     Elements,
+    /// Its end: the gradients at weight and bias. Last, so that they are as they were if the ranks do not meet.
+    Parameters,
 }
 
 /// Runs a backward pass, or a part of one, with the instructions of `simd`.
@@ -59,11 +60,15 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: &mut BackwardPass<'_, '_, C
         part,
         partials,
         gradient,
-        parameters: pass.parameters.as_mut().map(|parameters| Parameters {
-            weight: Sink::from(&mut *parameters.weight),
-            bias: Sink::from(&mut *parameters.bias),
-            accumulate: parameters.accumulate,
-        }),
+        parameters: pass
+            .parameters
+            .as_mut()
+            .filter(|_| part != Part::Sums)
+            .map(|parameters| Parameters {
+                weight: Sink::from(&mut *parameters.weight),
+                bias: Sink::from(&mut *parameters.bias),
+                accumulate: parameters.accumulate,
+            }),
         elements: GradientElements {
             x: Source::from(pass.x),
             dy,
@@ -133,6 +138,7 @@ impl<T: Element, E: Mask<T>> Gradients<'_, T, E> {
             Part::Whole => {}
             Part::Sums => return Some(Phases::Reduce),
             Part::Elements => return Some(Phases::Apply),
+            Part::Parameters => return self.parameters.is_some().then_some(Phases::Finish),
         }
         let dx = self.elements.dx.is_some();
         let elements = dx || self.elements.dz.is_some();

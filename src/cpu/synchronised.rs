@@ -63,7 +63,7 @@ impl SyncBackend for Cpu {
         }
         let eps = T::Param::from_f64(pass.eps);
         let [variances, _] = pass.workspace.vectors();
-        for channel in 0..layout.channels() {
+        for (channel, variance_kept) in variances.iter_mut().enumerate() {
             let (mut pivot, mut all) = (0.0, Welford::EMPTY);
             for (count, message) in &messages {
                 let [own_pivot, mean, variance] = [0, 1, 2].map(|vector| layout.get(message, vector, channel));
@@ -80,7 +80,7 @@ impl SyncBackend for Cpu {
             pass.saved.pivot[channel] = T::Param::from_f64(pivot);
             pass.saved.mean_offset[channel] = T::Param::from_f64(all.mean);
             pass.saved.invstd[channel] = batch_invstd(variance, eps);
-            variances[channel] = variance;
+            *variance_kept = variance;
         }
         exchange.outcome[1] = values as i64;
         Ok(())
@@ -148,6 +148,7 @@ impl SyncBackend for Cpu {
 
     fn rank_gradient<T: Element>(&self, pass: &mut BackwardPass<'_, '_, Self, T>) -> Result<()> {
         gradients::backward(Simd::detect(), pass, Part::Elements);
+        gradients::backward(Simd::detect(), pass, Part::Parameters);
         Ok(())
     }
 }

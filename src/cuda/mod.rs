@@ -7,6 +7,7 @@
 //! | `tiling`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
 //! | `nvrtc`, `compile`, `disk_cache`, `device` | from source to a loaded kernel, once |
 //! | `workspace`, `arguments`, `launch`, `synchronised` | carries a plan out on a stream |
+//! | `nccl` | with the feature of that name: ranks on several GPUs |
 
 mod arguments;
 mod compile;
@@ -16,6 +17,8 @@ mod driver_error;
 mod kernel;
 mod launch;
 mod limits;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod nvrtc;
 pub mod plan;
 mod probe;
