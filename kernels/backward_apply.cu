@@ -13,6 +13,7 @@
 // numbers per channel of a strip. dx may lie over dy. Tasks are taken from the last to the first, as in apply.cu.
 #include "epilogue.cuh"
 #include "normalise.cuh"
+#include "sums.cuh"
 
 struct Arguments {
   const Element* x;
@@ -40,11 +41,10 @@ KERNEL(backward_apply, Arguments, THREADS) {
     for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
       staged.put(arguments.normalisation, task, channel);
       if (BATCH_STATISTICS) {
-        // x̂ * Σ g x̂ / n = (x - mean) * slope: one invstd of x̂ each, never their product, which may overflow.
         const Real values = (Real)arguments.values, invstd = staged.at(Staged::INVSTD, channel);
         const Index c = task.channel + channel;
         staged.at(MEAN_GRADIENT, channel) = divide_rn(load_one(arguments.sum + c), values);
-        staged.at(SLOPE, channel) = divide_rn(load_one(arguments.sum_centred + c) * invstd, values) * invstd;
+        staged.at(SLOPE, channel) = slope_of(load_one(arguments.sum_centred + c), invstd, values);
       }
     }
     block_barrier();

@@ -255,6 +255,15 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
     /// # Errors
     /// As [`BatchNorm2d::prepare`].
     pub fn prepare_fused<T: Element<Param = P>>(&self, shape: Shape, epilogue: Epilogue) -> Result<Saved<B, T>> {
+        self.prepare_with(shape, epilogue, || self.backend.prepare::<T>(shape, epilogue))
+    }
+
+    pub(crate) fn prepare_with<T: Element<Param = P>>(
+        &self,
+        shape: Shape,
+        epilogue: Epilogue,
+        workspace: impl FnOnce() -> Result<B::Workspace<T>>,
+    ) -> Result<Saved<B, T>> {
         self.check_shape(shape)?;
         let zeros = || self.backend.zeros::<P>(self.config.num_features);
         Ok(Saved {
@@ -266,7 +275,7 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
                 mean_offset: zeros()?,
                 invstd: zeros()?,
             },
-            workspace: self.backend.prepare::<T>(shape, epilogue)?,
+            workspace: workspace()?,
             filled: false,
         })
     }

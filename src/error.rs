@@ -354,6 +354,17 @@ pub enum Unavailable {
         tried: Vec<String>,
     },
 
+    /// NCCL's library is not there.
+    #[cfg(feature = "nccl")]
+    #[error(
+        "no NCCL: {tried} could not be loaded; it comes with NVIDIA's packages libnccl2 and libnccl-dev, or with `pip install \
+         nvidia-nccl-cu13` (then make a link {tried} beside the wheel's libnccl.so.2, and add the folder to LD_LIBRARY_PATH)"
+    )]
+    NoNccl {
+        /// The library looked for.
+        tried: String,
+    },
+
     /// NVRTC's code would be newer than the driver understands.
     #[error(
         "NVRTC {}.{} is newer than the CUDA {}.{} of the driver: install NVRTC {} or a newer driver",

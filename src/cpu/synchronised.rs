@@ -12,7 +12,7 @@ use super::schedule::{Pass, Phases, run};
 use super::simd::Simd;
 use super::statistics::{FinishRank, TaskStatistics};
 use super::workspace::{Partials, Workspace};
-use crate::backend::{BackwardPass, BatchStatistics, RunningUpdate};
+use crate::backend::{Backend, BackwardPass, BatchStatistics, RunningUpdate};
 use crate::element::{Element, Real};
 use crate::epilogue::Epilogue;
 use crate::error::{Error, Result};
@@ -21,8 +21,13 @@ use crate::sync::{Exchange, Kind, Layout, MergeStatistics, SyncBackend};
 use crate::welford::Welford;
 
 impl SyncBackend for Cpu {
-    fn prepare_synchronised<T: Element>(&self, _shape: Shape, _epilogue: Epilogue, _ranks: usize) -> Result<()> {
-        Ok(())
+    fn prepare_synchronised<T: Element>(
+        &self,
+        shape: Shape,
+        epilogue: Epilogue,
+        _ranks: usize,
+    ) -> Result<Workspace<T>> {
+        self.prepare(shape, epilogue)
     }
 
     fn rank_statistics<T: Element>(

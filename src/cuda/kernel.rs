@@ -1,6 +1,8 @@
 //! The kernels and their instantiations: which source, and the constants it is compiled with.
 
+use super::resident::{self, Resident};
 use super::tiling::{self, Walk};
+use super::tuning;
 use crate::element::Dtype;
 use crate::epilogue::Epilogue;
 
@@ -27,6 +29,10 @@ pub enum Kernel {
     BackwardReduce,
     /// Gradient at the input.
     BackwardApply,
+    /// A whole forward pass by batch statistics, with each strip of channels held on chip.
+    ResidentForward,
+    /// A whole backward pass by batch statistics, likewise.
+    ResidentBackward,
     /// Statistics of all ranks from those of each.
     MergeStatistics,
     /// Sums over the gradient of all ranks from those of each.
@@ -37,11 +43,13 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 7] = [
+    pub const ALL: [Kernel; 9] = [
         Kernel::Statistics,
         Kernel::Apply,
         Kernel::BackwardReduce,
         Kernel::BackwardApply,
+        Kernel::ResidentForward,
+        Kernel::ResidentBackward,
         Kernel::MergeStatistics,
         Kernel::MergeSums,
         Kernel::UpdateRunning,
@@ -54,6 +62,8 @@ impl Kernel {
             Kernel::Apply => "apply",
             Kernel::BackwardReduce => "backward_reduce",
             Kernel::BackwardApply => "backward_apply",
+            Kernel::ResidentForward => "resident_forward",
+            Kernel::ResidentBackward => "resident_backward",
             Kernel::MergeStatistics => "merge_statistics",
             Kernel::MergeSums => "merge_sums",
             Kernel::UpdateRunning => "update_running",
@@ -65,8 +75,8 @@ impl Kernel {
         let residual = u64::from(epilogue == Epilogue::AddRelu);
         match self {
             Kernel::Statistics => 1,
-            Kernel::Apply => 1 + residual,
-            Kernel::BackwardReduce => 2 + residual,
+            Kernel::Apply | Kernel::ResidentForward => 1 + residual,
+            Kernel::BackwardReduce | Kernel::ResidentBackward => 2 + residual,
             // Without statistics x is needed only to compute a relu's mask again.
             Kernel::BackwardApply => 1 + residual + u64::from(batch_statistics || epilogue == Epilogue::Relu),
             Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning => 0,
@@ -93,9 +103,33 @@ impl Kernel {
             Kernel::Statistics | Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning => {
                 vec![(Epilogue::Identity, false, false)]
             }
-            Kernel::Apply => each(&[(false, false)]),
+            Kernel::Apply | Kernel::ResidentForward | Kernel::ResidentBackward => each(&[(false, false)]),
             Kernel::BackwardReduce => each(&[(false, false), (true, false)]),
             Kernel::BackwardApply => each(&[(false, false), (false, true)]),
+        }
+    }
+
+    /// Block sizes, vectors under way, and what only resident kernels have.
+    fn launches(
+        self,
+        dtype: Dtype,
+        walk: Walk,
+        vector: u32,
+        epilogue: Epilogue,
+        batch_statistics: bool,
+    ) -> Vec<(u32, u32, Option<Resident>)> {
+        let tensors_read = self.tensors_read(epilogue, batch_statistics);
+        match self {
+            Kernel::ResidentForward | Kernel::ResidentBackward => {
+                let variants = resident::variants(self, dtype, walk, vector);
+                let unroll = resident::unroll(tensors_read);
+                variants
+                    .map(|(threads, resident)| (threads, unroll, Some(resident)))
+                    .collect()
+            }
+            _ => tuning::BLOCK_SIZES
+                .map(|threads| (threads as u32, tiling::unroll(tensors_read), None))
+                .into(),
         }
     }
 
@@ -105,6 +139,8 @@ impl Kernel {
             Kernel::Apply => &sources::APPLY,
             Kernel::BackwardReduce => &sources::BACKWARD_REDUCE,
             Kernel::BackwardApply => &sources::BACKWARD_APPLY,
+            Kernel::ResidentForward => &sources::RESIDENT_FORWARD,
+            Kernel::ResidentBackward => &sources::RESIDENT_BACKWARD,
             Kernel::MergeStatistics => &sources::MERGE_STATISTICS,
             Kernel::MergeSums => &sources::MERGE_SUMS,
             Kernel::UpdateRunning => &sources::UPDATE_RUNNING,
@@ -135,6 +171,8 @@ pub struct Instantiation {
     pub stores_gradient: bool,
     /// Backward apply: whether the gradient flows through the statistics.
     pub batch_statistics: bool,
+    /// Resident kernels: how blocks work together.
+    pub resident: Option<Resident>,
 }
 
 impl Instantiation {
@@ -149,21 +187,22 @@ impl Instantiation {
             for (epilogue, stores_gradient, batch_statistics) in kernel.variants() {
                 for dtype in Dtype::ALL {
                     for (walk, vector) in walks(dtype) {
-                        for threads in tiling::BLOCK_SIZES {
-                            for wide_index in [false, true] {
-                                all.push(Instantiation {
-                                    kernel,
-                                    dtype,
-                                    walk,
-                                    vector,
-                                    unroll: tiling::unroll(kernel.tensors_read(epilogue, batch_statistics)),
-                                    threads: threads as u32,
-                                    wide_index,
-                                    epilogue,
-                                    stores_gradient,
-                                    batch_statistics,
-                                });
-                            }
+                        for (threads, unroll, resident) in
+                            kernel.launches(dtype, walk, vector, epilogue, batch_statistics)
+                        {
+                            all.extend([false, true].map(|wide_index| Instantiation {
+                                kernel,
+                                dtype,
+                                walk,
+                                vector,
+                                unroll,
+                                threads,
+                                wide_index,
+                                epilogue,
+                                stores_gradient,
+                                batch_statistics,
+                                resident,
+                            }));
                         }
                     }
                 }
@@ -180,11 +219,12 @@ impl Instantiation {
             walk: Walk::Planes,
             vector: 1,
             unroll: 1,
-            threads: tiling::BLOCK_SIZES[0] as u32,
+            threads: tuning::BLOCK_SIZES[0] as u32,
             wide_index: false,
             epilogue: Epilogue::Identity,
             stores_gradient: false,
             batch_statistics: false,
+            resident: None,
         }
     }
 
@@ -219,6 +259,9 @@ impl Instantiation {
             format!("-DSTORES_GRADIENT={}", u8::from(self.stores_gradient)),
             format!("-DBATCH_STATISTICS={}", u8::from(self.batch_statistics)),
         ]
+        .into_iter()
+        .chain(self.resident.iter().flat_map(Resident::definitions))
+        .collect()
     }
 }
 
@@ -237,12 +280,16 @@ impl std::fmt::Display for Instantiation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} <{}, {} x {}, {}>",
+            "{} <{}, {} x {}, {}",
             self.kernel.name(),
             self.walk.name(),
             self.vector,
             self.dtype,
             self.epilogue
-        )
+        )?;
+        if let Some(resident) = &self.resident {
+            write!(f, ", {resident}")?;
+        }
+        write!(f, ">")
     }
 }

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `probe` | finds out whether there is a driver, a device, NVRTC |
 //! | `limits`, `kernel` | plain values: what a device can do, which kernels there are |
-//! | `tiling`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
+//! | `tiling`, `resident`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
+//! | `model`, `tuning` | how long a plan is believed to take; every number that was chosen and not derived |
 //! | `nvrtc`, `compile`, `disk_cache`, `device` | from source to a loaded kernel, once |
 //! | `workspace`, `arguments`, `launch`, `synchronised` | carries a plan out on a stream |
 //! | `nccl` | with the feature of that name: ranks on several GPUs |
@@ -17,13 +18,16 @@ mod driver_error;
 mod kernel;
 mod launch;
 mod limits;
+mod model;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod nvrtc;
 pub mod plan;
 mod probe;
+mod resident;
 mod synchronised;
 mod tiling;
+mod tuning;
 mod workspace;
 
 use std::sync::Arc;
@@ -37,6 +41,8 @@ pub use self::device::CompileReport;
 pub use self::disk_cache::{CACHE_VARIABLE, DiskCache};
 pub use self::kernel::{Instantiation, Kernel};
 pub use self::limits::DeviceLimits;
+#[cfg(feature = "nccl")]
+pub use self::nccl::is_nccl_available;
 pub use self::probe::is_available;
 pub use self::tiling::Walk;
 pub use self::workspace::Workspace;
@@ -45,7 +51,7 @@ pub use crate::error::{OLDEST_ARCHITECTURE, Unavailable};
 use self::device::Device;
 use self::driver_error::{allocation_error, driver_error};
 use self::launch::BackwardPart;
-use self::plan::{Alignment, Operation, Problem};
+use self::plan::{Alignment, Choice, Operation, Problem};
 use crate::backend::{AsTensor, AsTensorMut, Backend, BackwardPass, ForwardPass};
 use crate::element::{Element, Plain};
 use crate::epilogue::Epilogue;
@@ -60,6 +66,7 @@ use crate::shape::Shape;
 pub struct Cuda {
     device: Arc<Device>,
     stream: Arc<CudaStream>,
+    choice: Choice,
 }
 
 impl Cuda {
@@ -90,7 +97,19 @@ impl Cuda {
         Ok(Self {
             device: Device::shared(stream.context(), &cache)?,
             stream,
+            choice: Choice::default(),
         })
+    }
+
+    /// The same device and stream, with passes that take only the paths which the choice allows: for tests and for finding
+    /// out what is fastest. Whatever was prepared by a `Cuda` goes with the choice of that one.
+    pub fn with_choice(&self, choice: Choice) -> Self {
+        Self { choice, ..self.clone() }
+    }
+
+    /// Which paths passes may take.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
     }
 
     /// The stream that everything is launched on.
@@ -145,6 +164,7 @@ impl std::fmt::Debug for Cuda {
             .field("device", &self.device.limits.name)
             .field("ordinal", &self.stream.context().ordinal())
             .field("context", &Arc::as_ptr(self.stream.context()))
+            .field("choice", &self.choice.to_string())
             .finish()
     }
 }
@@ -248,7 +268,7 @@ impl Backend for Cuda {
     }
 
     fn same_device(&self, other: &Self) -> bool {
-        Arc::ptr_eq(self.stream.context(), other.stream.context())
+        Arc::ptr_eq(self.stream.context(), other.stream.context()) && self.choice == other.choice
     }
 
     fn prepare<T: Element>(&self, shape: Shape, epilogue: Epilogue) -> Result<Workspace<T>> {
@@ -287,6 +307,6 @@ impl Cuda {
             alignment: Alignment::FULL,
             ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
         };
-        self.device.prepare(&problem).map(|_| ())
+        self.device.prepare(&problem, &self.choice).map(|_| ())
     }
 }

@@ -5,8 +5,28 @@ use cudarc::nccl::result::{NcclError, NcclStatus};
 use cudarc::nccl::safe::Comm;
 
 use super::Cuda;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Unavailable};
 use crate::sync::Collective;
+
+/// Whether this machine has NCCL. `cudarc` panics where it has not, so ask before the first call of it.
+///
+/// # Errors
+/// [`Unavailable::NoNccl`], with how to get it.
+pub fn is_nccl_available() -> std::result::Result<(), Unavailable> {
+    // The first name that cudarc tries. It knows no libnccl.so.2, which is what NCCL's own packages are called.
+    let name = libloading::library_filename("nccl");
+    // SAFETY: NCCL's initialisers have no demands, and nothing of it is called here.
+    match unsafe { libloading::Library::new(&name) } {
+        // It stays loaded: the next to ask is cudarc.
+        Ok(library) => {
+            std::mem::forget(library);
+            Ok(())
+        }
+        Err(_) => Err(Unavailable::NoNccl {
+            tried: name.to_string_lossy().into_owned(),
+        }),
+    }
+}
 
 /// One communicator for each rank, made by `Comm::from_rank` with the very stream that the module's [`Cuda`] launches on:
 /// so the gathering is ordered with the kernels before and after it, and nothing waits.

@@ -3,11 +3,14 @@
 //! Kernels write their results straight into this rank's message, so that no launch is spent on packing it. Nothing here
 //! knows how many values the other ranks have: that is in their messages, on the device.
 
+use std::sync::Arc;
+
 use cudarc::driver::CudaView;
 use cudarc::driver::sys::CUdeviceptr;
 
 use super::Cuda;
 use super::arguments::{self, Gathered};
+use super::device::Prepared;
 use super::launch::{BackwardPart, Operand, WorkspaceOperands, alignment, launch_kernel};
 use super::plan::{Alignment, Operation, Problem, Stage, Tracking};
 use super::workspace::Workspace;
@@ -20,16 +23,17 @@ use crate::shape::Shape;
 use crate::sync::{Exchange, Kind, Layout, MergeStatistics, SyncBackend};
 
 impl SyncBackend for Cuda {
-    fn prepare_synchronised<T: Element>(&self, shape: Shape, epilogue: Epilogue, ranks: usize) -> Result<()> {
+    fn prepare_synchronised<T: Element>(&self, shape: Shape, epilogue: Epilogue, ranks: usize) -> Result<Workspace<T>> {
+        let workspace = Workspace::new(self, shape, epilogue)?;
         for operation in [Operation::Train, Operation::Backward] {
             for stage in [Stage::Rank, Stage::Merge { ranks }, Stage::Apply, Stage::Update] {
-                self.device.prepare(&Problem {
+                self.prepared(Problem {
                     alignment: Alignment::FULL,
                     ..problem::<T>(operation, stage, shape).epilogue(epilogue)
                 })?;
             }
         }
-        Ok(())
+        Ok(workspace)
     }
 
     fn rank_statistics<T: Element>(
@@ -48,7 +52,7 @@ impl SyncBackend for Cuda {
         let workspace = WorkspaceOperands::new(workspace, stream);
         let own = Operand::buffer_mut(&mut exchange.statistics, stream);
         let [pivot, mean_offset, variance] = [0, 1, 2].map(|vector| vector_of(&own, exchange.layout, vector));
-        let prepared = self.device.prepare(&Problem {
+        let prepared = self.prepared(Problem {
             alignment: alignment([x.present()]),
             ..problem::<T>(Operation::Train, Stage::Rank, shape)
         })?;
@@ -100,7 +104,7 @@ impl SyncBackend for Cuda {
             Some(_) => Tracking::CumulativeAverage,
             None => Tracking::Momentum,
         };
-        let prepared = self.device.prepare(&Problem {
+        let prepared = self.prepared(Problem {
             tracking,
             ..problem::<T>(Operation::Train, Stage::Merge { ranks }, pass.shape)
         })?;
@@ -142,7 +146,7 @@ impl SyncBackend for Cuda {
             outcome: outcome.address,
             channels: shape.channels as u64,
         };
-        let prepared = self.device.prepare(&Problem {
+        let prepared = self.prepared(Problem {
             tracking,
             ..problem::<T>(Operation::Train, Stage::Update, shape)
         })?;
@@ -178,9 +182,7 @@ impl SyncBackend for Cuda {
             outcome: outcome.address,
         };
         let ranks = exchange.layout.ranks();
-        let prepared = self
-            .device
-            .prepare(&problem::<T>(Operation::Backward, Stage::Merge { ranks }, shape))?;
+        let prepared = self.prepared(problem::<T>(Operation::Backward, Stage::Merge { ranks }, shape))?;
         self.run(&prepared, |stream, function, launch| {
             launch_kernel(stream, function, launch, &arguments)
         })
@@ -188,6 +190,12 @@ impl SyncBackend for Cuda {
 
     fn rank_gradient<T: Element>(&self, pass: &mut BackwardPass<'_, '_, Self, T>) -> Result<()> {
         self.launch_backward(pass, BackwardPart::Elements)
+    }
+}
+
+impl Cuda {
+    fn prepared(&self, problem: Problem) -> Result<Arc<Prepared>> {
+        self.device.prepare(&problem, &self.choice)
     }
 }
 

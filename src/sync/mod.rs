@@ -23,12 +23,17 @@ use crate::shape::Shape;
 
 /// What a device must be able to do beside [`Backend`] to share a batch with other ranks. Both backends can.
 pub trait SyncBackend: Backend {
-    /// Compiles and loads what synchronised training of a shape needs. The batch may be empty.
+    /// Compiles, loads and allocates what synchronised training of a shape needs. The batch may be empty.
     ///
     /// # Errors
-    /// [`Error::Compile`] and the driver's.
+    /// [`Error::Compile`], [`Error::OutOfMemory`] and the driver's.
     #[doc(hidden)]
-    fn prepare_synchronised<T: Element>(&self, shape: Shape, epilogue: Epilogue, ranks: usize) -> Result<()>;
+    fn prepare_synchronised<T: Element>(
+        &self,
+        shape: Shape,
+        epilogue: Epilogue,
+        ranks: usize,
+    ) -> Result<Self::Workspace<T>>;
 
     /// Writes the statistics of this rank's batch, which is not empty, to its message.
     ///
@@ -299,9 +304,10 @@ impl<B: SyncBackend, C: Collective<B>, P: Real> SyncBatchNorm<B, C, P> {
     /// As [`BatchNorm2d::prepare`].
     pub fn prepare_fused<T: Element<Param = P>>(&self, shape: Shape, epilogue: Epilogue) -> Result<SyncSaved<B, T>> {
         let backend = self.module.backend();
-        let saved = self.module.prepare_fused(shape, epilogue)?;
         let ranks = self.collective.world_size();
-        backend.prepare_synchronised::<T>(shape, epilogue, ranks)?;
+        let saved = self.module.prepare_with(shape, epilogue, || {
+            backend.prepare_synchronised::<T>(shape, epilogue, ranks)
+        })?;
         let layout = Layout::new::<P>(shape.channels, ranks);
         Ok(SyncSaved {
             saved,
