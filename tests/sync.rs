@@ -10,8 +10,10 @@ use batchnorm_cuda::{
     AsTensor, AsTensorMut, Backward, BatchNorm2d, BatchNorm2dConfig, Collective, Cpu, Element, Epilogue, Error,
     Forward, Layout, Momentum, Real, Result, Shape, StateDict, SyncBackend, SyncBatchNorm, ThreadRank,
 };
+use common::golden::{Description, File, Part, files};
 use common::{
     Case, Device, Outcome, Random, assert_near_reference, assert_same_bits, by_channel, on_every_device, run, sum,
+    with_element,
 };
 
 /// Longer than any test takes: what waits this long waits in vain.
@@ -566,7 +568,40 @@ fn the_gradient_may_replace_that_at_the_output<B: Ranked>(device: &B) {
     });
 }
 
+/// PyTorch's training steps, with the float64 truth: the first image on one rank, none on the next, the others on the last.
+fn pytorchs_steps_are_right_when_cut_into_ranks<B: Ranked>(device: &B) {
+    fn check_file<B: Ranked, T: Element>(device: &B, file: &File, about: &Description) {
+        let case: Case<T> = file.case(about).unwrap();
+        let truth = file.truth::<T>(about).unwrap();
+        let ranks = synchronised(device, &case, &[1, 0, case.shape.batch - 1]);
+        assert_ranks_agree(&ranks);
+        let mut got = joined(&ranks).values();
+        if about.part == Part::Backward {
+            // The file says nothing of the forward pass.
+            got.y = None;
+        }
+        let (_, scales) = common::reference(&case);
+        let what = format!("{}, {}", B::NAME, file.name());
+        common::assert_near::<T>(&what, case.shape, &got, &truth, &scales, 1.0);
+    }
+    let mut steps = 0;
+    for path in files() {
+        let file = File::read(&path).unwrap();
+        if file.is_state_dict() {
+            continue;
+        }
+        let about = file.describe().unwrap();
+        if !about.training || about.part == Part::Forward || about.shape.batch < 2 {
+            continue;
+        }
+        with_element!(about.dtype, T => check_file::<B, T>(device, &file, &about));
+        steps += 1;
+    }
+    assert!(steps >= 50, "{steps} steps are not all of them");
+}
+
 on_every_device!(
+    pytorchs_steps_are_right_when_cut_into_ranks,
     ranks_get_what_one_module_gets_from_the_whole_batch,
     any_cut_of_a_batch_will_do,
     large_tensors_are_cut_as_small_ones_are,

@@ -6,16 +6,18 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use batchnorm_cuda::cuda::DiskCache;
 use batchnorm_cuda::cuda::plan::{Alignment, Operation, Plan, Problem, Stage, Tracking};
 use batchnorm_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use batchnorm_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaView, CudaViewMut};
 use batchnorm_cuda::half::f16;
 use batchnorm_cuda::{
-    Backend, Backward, BatchNorm2d, BatchNorm2dConfig, Collective, Cuda, Element, Epilogue, Error, Forward, Gradients,
-    Momentum, Result, Shape, SyncBatchNorm, SyncSaved, ThreadRank,
+    Backend, Backward, BatchNorm2d, BatchNorm2dConfig, Collective, Cuda, Dtype, Element, Epilogue, Error, Forward,
+    Gradients, Momentum, Result, Shape, SyncBatchNorm, SyncSaved, ThreadRank,
 };
-use common::{Case, Random, alone, assert_same_bits, on_own_stream};
+use common::{Case, Random, alone, assert_same_bits, limit, on_own_stream, reference};
 
 /// As if every rank had this one's batch: copies on the device, as a library between devices does, on the same stream.
 struct Echo {
@@ -259,7 +261,7 @@ fn ranks_that_are_threads_cannot_be_captured() {
     let cuda = on_own_stream(&context_without_events());
     let shape = Shape::nchw(2, 4, 3, 3);
     let module = BatchNorm2d::<Cuda>::new(&cuda, BatchNorm2dConfig::new(4)).unwrap();
-    let rank = ThreadRank::group(1, std::time::Duration::from_secs(60)).pop().unwrap();
+    let rank = ThreadRank::group(1, Duration::from_secs(60)).pop().unwrap();
     let mut bn = SyncBatchNorm::new(module, rank).unwrap();
     let mut saved = bn.prepare::<f32>(shape).unwrap();
     let x = cuda.zeros::<f32>(72).unwrap();
@@ -278,4 +280,120 @@ fn ranks_that_are_threads_cannot_be_captured() {
     assert_eq!(bn.module().num_batches_tracked().unwrap(), Some(1));
     bn.forward_train(&x, &mut y, &mut saved).unwrap();
     assert_eq!(bn.module().num_batches_tracked().unwrap(), Some(2));
+}
+
+/// A training step of two ranks with different batches on a device of their own, with the kernels' sources changed; the largest
+/// difference of y and of the running variance from float64, in units of what rounding explains, or the first error.
+fn step_with_a_bug(find: &str, replace: &str) -> (Result<f64>, usize) {
+    let raw = emulator::create_context(0);
+    // SAFETY: the context is live, of this device, and owned by nobody else.
+    let context = unsafe { CudaContext::from_raw_context(0, 0, raw.cast()) }.unwrap();
+    let shape = Shape::nchw(3, 300, 2, 3);
+    let case = Case::<f32>::random(&mut Random::new(3), shape, Epilogue::Identity);
+    let (want, scales) = reference(&case);
+    let image = case.x.len() / shape.batch;
+    let ranks = [(0..2 * image, 2), (2 * image..3 * image, 1)];
+    let outcomes: Vec<_> = std::thread::scope(|scope| {
+        let group = ThreadRank::group(2, Duration::from_secs(60)).into_iter().zip(ranks);
+        let threads: Vec<_> = group
+            .map(|(rank, (part, images))| {
+                let (context, case, want, scales) = (&context, &case, &want, &scales);
+                scope.spawn(move || {
+                    // Patches belong to the thread; whichever rank compiles a kernel, compiles it with the bug.
+                    let patches = emulator::patch_sources(&[(find, replace)]);
+                    let worst = || -> Result<f64> {
+                        context.bind_to_thread().unwrap();
+                        let cuda = Cuda::with_cache(context.new_stream().unwrap(), DiskCache::Off)?;
+                        let mut module = BatchNorm2d::<Cuda>::new(&cuda, case.config.clone())?;
+                        module.load_state_dict(&case.state)?;
+                        let mut bn = SyncBatchNorm::new(module, rank)?;
+                        let mut saved = bn.prepare::<f32>(Shape { batch: images, ..shape })?;
+                        let x = cuda.upload(&case.x[part.clone()])?;
+                        let dy = cuda.upload(&case.dy.as_ref().unwrap()[part.clone()])?;
+                        let mut dx = cuda.zeros::<f32>(x.len())?;
+                        let mut y = cuda.zeros::<f32>(x.len())?;
+                        bn.forward_train(&x, &mut y, &mut saved)?;
+                        bn.backward_with(Backward::new(&x, &dy).dx(&mut dx), &mut saved)?;
+                        let state = bn.module().state_dict()?;
+                        let channel = |at: usize| at / (shape.height * shape.width) % shape.channels;
+                        let of_tensor = |got: Vec<f32>, want: &Option<Vec<f64>>, scale: &[f64]| {
+                            let want = &want.as_ref().unwrap()[part.clone()];
+                            let errors = got.iter().zip(want).enumerate();
+                            errors.fold(0.0, |worst, (at, (got, want))| {
+                                f64::max(worst, (f64::from(*got) - want).abs() / scale[channel(part.start + at)])
+                            })
+                        };
+                        let y = of_tensor(cuda.read(&y)?, &want.y, &scales.y);
+                        let dx = of_tensor(cuda.read(&dx)?, &want.dx, &scales.dx);
+                        let variances = state
+                            .running_var
+                            .as_ref()
+                            .unwrap()
+                            .iter()
+                            .zip(want.running_var.as_ref().unwrap());
+                        let variance = variances
+                            .zip(&scales.running_var)
+                            .fold(0.0, |worst, ((got, want), scale)| {
+                                f64::max(worst, (f64::from(*got) - want).abs() / scale)
+                            });
+                        Ok(y.max(dx).max(variance) / limit(Dtype::F32))
+                    };
+                    let worst = worst();
+                    (worst, patches.finish())
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let applied = outcomes.iter().map(|(_, applied)| applied).sum();
+    let worst = outcomes.into_iter().map(|(worst, _)| worst);
+    (worst.reduce(|one, other| Ok(one?.max(other?))).unwrap(), applied)
+}
+
+/// The tests would see these.
+#[test]
+fn seeded_bugs_are_found() {
+    alone("seeded_bugs_are_found", || {
+        common::driver();
+        let (sound, _) = step_with_a_bug("no kernel says this", "");
+        assert!(sound.unwrap() <= 1.0);
+        for (what, find, replace) in [
+            (
+                "ranks' pivots taken for one",
+                "(own_pivot - pivot) + message.at(1, c)",
+                "message.at(1, c)",
+            ),
+            (
+                "the last rank's pivot",
+                "if (all.count == 0) pivot = own_pivot;",
+                "pivot = own_pivot;",
+            ),
+            ("the biased variance", "variance * unbias", "variance"),
+            (
+                "the last rank's count",
+                "values += message.count();",
+                "values = message.count();",
+            ),
+            (
+                "the first rank's sums",
+                "sum = sum + message.at(0, c);",
+                "if (rank == 0) sum = message.at(0, c);",
+            ),
+            (
+                "means of means",
+                "{message.count(), {(own",
+                "{message.count() != 0, {(own",
+            ),
+        ] {
+            let (worst, applied) = step_with_a_bug(find, replace);
+            assert!(applied > 0, "{what}: the patch applies to no kernel any more");
+            assert!(
+                worst.as_ref().is_ok_and(|worst| *worst > 1.0),
+                "{what}: not found: {worst:?}"
+            );
+        }
+        let all_threads = step_with_a_bug("if (blockIdx.x == 0 && threadIdx.x == 0) store_one", "store_one");
+        let fault = all_threads.0.unwrap_err().to_string();
+        assert!(all_threads.1 > 0 && fault.contains("update_running"), "{fault}");
+    });
 }

@@ -278,6 +278,9 @@ fn walks(dtype: Dtype) -> impl Iterator<Item = (Walk, u32)> {
 impl std::fmt::Display for Instantiation {
     /// The kernel's name and what tells this instantiation from others, in a few words.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.kernel.per_channel() {
+            return write!(f, "{} <{}>", self.kernel.name(), self.dtype);
+        }
         write!(
             f,
             "{} <{}, {} x {}, {}",
