@@ -2,8 +2,8 @@
 // gradient at y as far as the epilogue lets it pass.
 //
 // Reads x and dy once (and y for the residual form): 2T bytes, 3T with a residual; per task the strip's per-channel
-// numbers. Writes both sums per channel, and the gradients at weight and bias if they are wanted; with more than one
-// split also one partial result per channel and split, written and read once.
+// numbers. Writes both sums per channel, and, if it is the pass's last launch, the gradients at weight and bias; with
+// more than one split also one partial result per channel and split, written and read once.
 //
 // In evaluation the gradient at x does not depend on the sums: where both are wanted, this kernel alone writes dx = g *
 // invstd * weight, and dz = g, beside them (STORES_GRADIENT): T bytes more for each.
@@ -25,9 +25,7 @@ struct Arguments {
   Partials partials;
   Real* sum;          // Σ g per channel
   Real* sum_centred;  // Σ g * (x - mean) per channel
-  Real* weight;       // gradient at weight; absent: not wanted
-  Real* bias;         // gradient at bias
-  u64 accumulate;     // add to them, instead of writing over them
+  ParameterGradients gradients;
   Tiling tiling;
 };
 
@@ -84,10 +82,8 @@ KERNEL(backward_reduce, Arguments, THREADS) {
       const Index c = task.channel + channel;
       store_one(arguments.sum + c, total.gradient);
       store_one(arguments.sum_centred + c, total.centred);
-      if (arguments.weight) {
-        write_gradient(arguments.weight + c, total.centred * staged.at(Staged::INVSTD, channel), arguments.accumulate);
-        write_gradient(arguments.bias + c, total.gradient, arguments.accumulate);
-      }
+      if (arguments.gradients.weight)
+        arguments.gradients.write(c, total.gradient, total.centred, staged.at(Staged::INVSTD, channel));
     });
   }
 }

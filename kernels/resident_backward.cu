@@ -4,13 +4,13 @@
 //
 // where g is the gradient at y as far as the epilogue lets it pass.
 //
-// Reads x and dy once (and y for the residual form) and writes dx once (and dz): 3T bytes, 5T with a residual. Per block
-// and strip it reads the per-channel numbers of the forward pass; per channel it writes the gradients at weight and bias
-// if they are wanted. A grid team also writes and reads one partial result per channel and block.
+// Reads x and dy once (and y for the residual form) and writes dx once (and dz): 3T bytes, 5T with a residual. Per
+// block and strip it reads the per-channel numbers of the forward pass; per channel it writes the gradients at weight
+// and bias if they are wanted. A grid team also writes and reads one partial result per channel and block.
 //
-// Called by the launcher of backward passes. Blocks of THREADS threads, a whole number of teams of `splits` blocks each;
-// shared memory as resident.cuh lays it out: x and dy are held, and behind a relu g takes the place of dy. dx may lie
-// over dy.
+// Called by the launcher of backward passes. Blocks of THREADS threads, a whole number of teams of `splits` blocks
+// each; shared memory as resident.cuh lays it out: x and dy are held, and behind a relu g takes the place of dy. dx may
+// lie over dy.
 #include "epilogue.cuh"
 #include "resident.cuh"
 #include "sums.cuh"
@@ -23,10 +23,8 @@ struct Arguments {
   Element* dz;  // absent: not wanted
   Normalisation normalisation;
   Partials partials;
-  Real* weight;  // gradient at weight; absent: not wanted
-  Real* bias;    // gradient at bias
-  u64 accumulate;  // add to them, instead of writing over them
-  u64 values;      // n
+  ParameterGradients gradients;
+  u64 values;  // n
   Tiling tiling;
 };
 
@@ -81,10 +79,8 @@ DEVICE void find_sums(const Arguments& arguments, const Task& task, const Backwa
     const Real values = (Real)arguments.values, invstd = staged.at(Staged::INVSTD, channel);
     staged.at(MEAN_GRADIENT, channel) = divide_rn(total.gradient, values);
     staged.at(SLOPE, channel) = slope_of(total.centred, invstd, values);
-    if (task.split != 0 || !arguments.weight) return;
-    const Index c = task.channel + channel;
-    write_gradient(arguments.weight + c, total.centred * invstd, arguments.accumulate);
-    write_gradient(arguments.bias + c, total.gradient, arguments.accumulate);
+    if (task.split == 0 && arguments.gradients.weight)
+      arguments.gradients.write(task.channel + channel, total.gradient, total.centred, invstd);
   });
 }
 

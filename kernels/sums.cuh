@@ -1,4 +1,5 @@
-// The sums over the gradient that a backward pass needs of a channel: Σ g and Σ g * (x - mean).
+// The sums over the gradient that a backward pass needs of a channel, Σ g and Σ g * (x - mean), and the gradients at
+// weight and bias that come of them.
 #pragma once
 #include "welford.cuh"
 
@@ -37,8 +38,8 @@ struct Sums {
   }
 };
 
-// What one thread learns of them on its way through a task: the plain sums of a chunk of vectors, which are then added up
-// with their rounding errors kept.
+// What one thread learns of them on its way through a task: the plain sums of a chunk of vectors, which are then added
+// up with their rounding errors kept.
 struct ThreadSums {
   CompensatedSum gradient[LANES], centred[LANES];
   Real chunk[VECTOR], chunk_centred[VECTOR];
@@ -75,6 +76,18 @@ DEVICE Real slope_of(Real sum_centred, Real invstd, Real values) {
   return divide_rn(sum_centred * invstd, values) * invstd;
 }
 
-DEVICE void write_gradient(Real* to, Real value, bool accumulate) {
-  store_one(to, accumulate ? load_one(to) + value : value);
-}
+// The gradients at weight and bias. The last launch of a pass writes them, whichever it is, so that a failure before it
+// leaves them as they were: what is added to them would be added again by a second try.
+struct ParameterGradients {
+  Real* weight;  // absent: not wanted of this launch
+  Real* bias;
+  u64 accumulate;  // add to them, instead of writing over them
+
+  // One thread per channel: from Σ g, Σ g * (x - mean) and the channel's invstd.
+  DEVICE void write(Index channel, Real sum, Real sum_centred, Real invstd) const {
+    put(weight + channel, sum_centred * invstd);
+    put(bias + channel, sum);
+  }
+
+  DEVICE void put(Real* to, Real value) const { store_one(to, accumulate ? load_one(to) + value : value); }
+};

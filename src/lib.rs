@@ -232,6 +232,7 @@ mod element;
 mod epilogue;
 mod error;
 mod fold;
+mod overwrite;
 mod request;
 mod shape;
 mod state;

@@ -151,7 +151,11 @@ impl SyncBackend for Cpu {
         Ok(())
     }
 
-    fn rank_gradient<T: Element>(&self, pass: &mut BackwardPass<'_, '_, Self, T>) -> Result<()> {
+    fn rank_gradient<T: Element>(
+        &self,
+        pass: &mut BackwardPass<'_, '_, Self, T>,
+        _exchange: &mut Exchange<Self>,
+    ) -> Result<()> {
         gradients::backward(Simd::detect(), pass, Part::Elements);
         gradients::backward(Simd::detect(), pass, Part::Parameters);
         Ok(())

@@ -103,6 +103,15 @@ pub(super) struct BackwardTensors {
     pub(super) dz: CUdeviceptr,
 }
 
+/// `struct ParameterGradients` of `kernels/sums.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ParameterGradients {
+    pub(super) weight: CUdeviceptr,
+    pub(super) bias: CUdeviceptr,
+    pub(super) accumulate: u64,
+}
+
 /// `struct Arguments` of `kernels/backward_reduce.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -112,9 +121,7 @@ pub(super) struct BackwardReduce {
     pub(super) partials: Partials,
     pub(super) sum: CUdeviceptr,
     pub(super) sum_centred: CUdeviceptr,
-    pub(super) weight: CUdeviceptr,
-    pub(super) bias: CUdeviceptr,
-    pub(super) accumulate: u64,
+    pub(super) gradients: ParameterGradients,
     pub(super) tiling: Tiling,
 }
 
@@ -126,7 +133,10 @@ pub(super) struct BackwardApply {
     pub(super) normalisation: Normalisation,
     pub(super) sum: CUdeviceptr,
     pub(super) sum_centred: CUdeviceptr,
+    pub(super) mean: CUdeviceptr,
+    pub(super) mean_centred: CUdeviceptr,
     pub(super) values: u64,
+    pub(super) gradients: ParameterGradients,
     pub(super) tiling: Tiling,
 }
 
@@ -137,9 +147,7 @@ pub(super) struct ResidentBackward {
     pub(super) tensors: BackwardTensors,
     pub(super) normalisation: Normalisation,
     pub(super) partials: Partials,
-    pub(super) weight: CUdeviceptr,
-    pub(super) bias: CUdeviceptr,
-    pub(super) accumulate: u64,
+    pub(super) gradients: ParameterGradients,
     pub(super) values: u64,
     pub(super) tiling: Tiling,
 }

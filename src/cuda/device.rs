@@ -61,19 +61,21 @@ pub(super) struct Device {
 impl Device {
     /// The device of a context, shared with everyone who has asked for it before with the same cache.
     pub(super) fn shared(context: &Arc<CudaContext>, cache: &DiskCache) -> Result<Arc<Self>> {
-        static DEVICES: Mutex<Vec<Weak<Device>>> = Mutex::new(Vec::new());
+        static DEVICES: Mutex<Vec<(Weak<CudaContext>, Weak<Device>)>> = Mutex::new(Vec::new());
         let mut devices = lock(&DEVICES);
-        devices.retain(|device| device.strong_count() > 0);
-        // Contexts are told apart by address: two of one device compare equal, but do not order each other's work.
+        devices.retain(|(_, device)| device.strong_count() > 0);
+        // Contexts are told apart by address: two of one device compare equal, but do not order each other's work. Nobody
+        // else's device is held even for a moment, or this thread might be the last to hold it and have to unload it.
         let known = devices
             .iter()
-            .filter_map(Weak::upgrade)
-            .find(|device| Arc::ptr_eq(&device.context, context) && device.cache == *cache);
+            .filter(|(of, _)| std::ptr::eq(of.as_ptr(), Arc::as_ptr(context)))
+            .filter_map(|(_, device)| device.upgrade())
+            .find(|device| device.cache == *cache);
         match known {
             Some(device) => Ok(device),
             None => {
                 let device = Arc::new(Device::new(context, cache)?);
-                devices.push(Arc::downgrade(&device));
+                devices.push((Arc::downgrade(context), Arc::downgrade(&device)));
                 Ok(device)
             }
         }

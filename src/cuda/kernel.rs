@@ -228,6 +228,16 @@ impl Instantiation {
         }
     }
 
+    /// Whether devices of this compute capability, times ten, have what it is made of: clusters and bulk copies need 9.0.
+    pub fn runs_on(&self, architecture: u32) -> bool {
+        self.resident.is_none_or(|resident| resident.runs_on(architecture))
+    }
+
+    /// The CUDA C++ that is compiled: the kernel's file and its headers in one text.
+    pub const fn source(&self) -> &'static str {
+        self.kernel.source().text
+    }
+
     /// The compiler's options that make this instantiation of the source.
     pub fn definitions(&self) -> Vec<String> {
         let element = match self.dtype {

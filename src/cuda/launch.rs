@@ -109,15 +109,27 @@ impl<'a> WorkspaceOperands<'a> {
     }
 }
 
-/// Which part of a backward pass is launched.
+/// Which part of a backward pass is launched. The parts of a synchronised one keep their sums at the addresses given: in this
+/// rank's message.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum BackwardPart {
     /// All of it.
     Whole,
-    /// The sums, to these addresses, and the gradients at weight and bias: a synchronised pass before the ranks meet.
+    /// The sums: a synchronised pass before the ranks meet.
     Sums { sum: CUdeviceptr, sum_centred: CUdeviceptr },
-    /// The gradients at x and at the residual, by what the workspace has: a synchronised pass after they have met.
-    Elements,
+    /// The gradients at x and at the residual, by the means that the workspace has, and those at weight and bias, by this
+    /// rank's own sums: a synchronised pass after they have met.
+    Elements { sum: CUdeviceptr, sum_centred: CUdeviceptr },
+}
+
+impl BackwardPart {
+    fn stage(self) -> Stage {
+        match self {
+            BackwardPart::Whole => Stage::Whole,
+            BackwardPart::Sums { .. } => Stage::Rank,
+            BackwardPart::Elements { .. } => Stage::Apply,
+        }
+    }
 }
 
 /// The operands that every forward pass has.
@@ -410,17 +422,28 @@ impl Cuda {
             dx: dx.address,
             dz: dz.address,
         };
-        let (stage, sum, sum_centred, values) = match part {
-            BackwardPart::Whole => {
-                let values = shape.values_per_channel()? as u64;
-                (Stage::Whole, workspace.first.address, workspace.second.address, values)
-            }
-            BackwardPart::Sums { sum, sum_centred } => (Stage::Rank, sum, sum_centred, 1),
-            // The ranks' sums have been divided by the number of values already.
-            BackwardPart::Elements => (Stage::Apply, workspace.first.address, workspace.second.address, 1),
+        let stage = part.stage();
+        let (sum, sum_centred) = match part {
+            BackwardPart::Whole => (workspace.first.address, workspace.second.address),
+            BackwardPart::Sums { sum, sum_centred } | BackwardPart::Elements { sum, sum_centred } => (sum, sum_centred),
+        };
+        let (mean, mean_centred) = match part {
+            BackwardPart::Elements { .. } => (workspace.first.address, workspace.second.address),
+            BackwardPart::Whole | BackwardPart::Sums { .. } => (0, 0),
+        };
+        let values = shape.values_per_channel()? as u64;
+        let parameter_gradients = arguments::ParameterGradients {
+            weight: weight_gradient.address,
+            bias: bias_gradient.address,
+            accumulate: u64::from(accumulate),
         };
         let prepared = self.device.prepare(&Problem { stage, ..problem }, &self.choice)?;
         self.run(&prepared, |stream, function, launch| {
+            let gradients = if launch.writes_parameter_gradients {
+                parameter_gradients
+            } else {
+                arguments::ParameterGradients::default()
+            };
             match launch.instantiation.kernel {
                 Kernel::BackwardReduce => {
                     let arguments = arguments::BackwardReduce {
@@ -429,9 +452,7 @@ impl Cuda {
                         partials: workspace.partials(),
                         sum,
                         sum_centred,
-                        weight: weight_gradient.address,
-                        bias: bias_gradient.address,
-                        accumulate: u64::from(accumulate),
+                        gradients,
                         tiling: launch.tiling,
                     };
                     launch_kernel(stream, function, launch, &arguments)
@@ -441,9 +462,7 @@ impl Cuda {
                         tensors,
                         normalisation,
                         partials: workspace.partials(),
-                        weight: weight_gradient.address,
-                        bias: bias_gradient.address,
-                        accumulate: u64::from(accumulate),
+                        gradients,
                         values,
                         tiling: launch.tiling,
                     };
@@ -455,7 +474,10 @@ impl Cuda {
                         normalisation,
                         sum,
                         sum_centred,
+                        mean,
+                        mean_centred,
                         values,
+                        gradients,
                         tiling: launch.tiling,
                     };
                     launch_kernel(stream, function, launch, &arguments)

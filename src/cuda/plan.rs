@@ -249,6 +249,9 @@ pub struct KernelLaunch {
     pub grid: u32,
     /// Bytes of dynamic shared memory per block.
     pub shared_bytes: u32,
+    /// Whether the gradients at weight and bias come of it: of the last launch, so that a failure before it leaves them as
+    /// they were.
+    pub writes_parameter_gradients: bool,
     /// How the tensor is cut up.
     pub tiling: Tiling,
     /// Bytes it moves.
@@ -658,6 +661,7 @@ impl Planner<'_> {
             },
             grid,
             shared_bytes,
+            writes_parameter_gradients: problem.parameter_gradients,
             tiling,
             traffic: counts.traffic(),
         }
@@ -731,34 +735,44 @@ impl Planner<'_> {
     fn backward_reduce(&self, batch_statistics: bool) -> KernelLaunch {
         let problem = self.problem;
         let outputs = if batch_statistics { 0 } else { self.gradient_outputs() };
+        let is_last = !batch_statistics || self.gradient_outputs() == 0;
+        let writes_parameters = problem.parameter_gradients && is_last;
         let kernel = (Kernel::BackwardReduce, problem.epilogue, false);
         let mut launch = self.launch(kernel, STAGED_NUMBERS, |counts, tensors, tiling| {
             counts.read_tensors(tensors);
             counts.write_tensors(outputs);
             counts.read_normalisation(tiling, batch_statistics, problem.affine);
             counts.written += tiling.channels * 2 * counts.real;
-            if problem.parameter_gradients {
-                counts.written += tiling.channels * 2 * counts.real;
-                if problem.accumulate {
-                    counts.read += tiling.channels * 2 * counts.real;
-                }
+            if writes_parameters {
+                counts.parameter_gradients(tiling, problem.accumulate);
             }
         });
         launch.instantiation.stores_gradient = outputs > 0;
+        launch.writes_parameter_gradients = writes_parameters;
         launch
     }
 
     fn backward_apply(&self, batch_statistics: bool) -> KernelLaunch {
         let problem = self.problem;
         let kernel = (Kernel::BackwardApply, problem.epilogue, batch_statistics);
-        self.launch(kernel, STAGED_NUMBERS + 2, |counts, tensors, tiling| {
+        let writes_parameters = problem.parameter_gradients && problem.operation == Operation::Backward;
+        let mut launch = self.launch(kernel, STAGED_NUMBERS + 2, |counts, tensors, tiling| {
             counts.read_tensors(tensors);
             counts.write_tensors(self.gradient_outputs());
             counts.read_normalisation(tiling, problem.operation == Operation::Backward, problem.affine);
             if batch_statistics {
                 counts.read += tiling.channels * tiling.splits * 2 * counts.real;
             }
-        })
+            // In a synchronised pass what the statistics need is of all ranks, what the parameters need of this one.
+            if writes_parameters && (!batch_statistics || problem.stage == Stage::Apply) {
+                counts.read += tiling.channels * 2 * counts.real;
+            }
+            if writes_parameters {
+                counts.parameter_gradients(tiling, problem.accumulate);
+            }
+        });
+        launch.writes_parameter_gradients = writes_parameters;
+        launch
     }
 
     /// Every rank's message read: a tag, a count, and three numbers per channel forward, two backward.
@@ -801,6 +815,7 @@ impl Planner<'_> {
             instantiation,
             grid: grid as u32,
             shared_bytes: 0,
+            writes_parameter_gradients: false,
             tiling: Tiling {
                 channels,
                 ..Tiling::default()
@@ -859,6 +874,7 @@ impl Planner<'_> {
             },
             grid: chosen.tiling.tasks().min(u64::from(self.limits.grid)) as u32,
             shared_bytes: chosen.shared_bytes,
+            writes_parameter_gradients: false,
             tiling: chosen.tiling,
             traffic: counts.traffic(),
         }
@@ -908,6 +924,15 @@ impl Counts {
     fn read_normalisation(&mut self, tiling: &Tiling, batch_statistics: bool, affine: bool) {
         let vectors = 2 + u64::from(batch_statistics) + 2 * u64::from(affine);
         self.read += tiling.channels * tiling.splits * vectors * self.real;
+    }
+
+    /// Written, or added to.
+    fn parameter_gradients(&mut self, tiling: &Tiling, accumulate: bool) {
+        let bytes = tiling.channels * 2 * self.real;
+        self.written += bytes;
+        if accumulate {
+            self.read += bytes;
+        }
     }
 
     /// Where several blocks share a strip, each leaves its result per channel and counts its arrival; the last reads all

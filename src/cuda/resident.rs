@@ -78,6 +78,11 @@ pub struct Resident {
 }
 
 impl Resident {
+    /// Whether devices of this compute capability, times ten, have clusters and bulk copies, if they are needed.
+    pub(super) fn runs_on(&self, architecture: u32) -> bool {
+        architecture >= ARCHITECTURE_OF_CLUSTERS || (self.team.cluster() == 1 && !self.bulk)
+    }
+
     /// The compiler's options.
     pub(super) fn definitions(&self) -> [String; 5] {
         let team = match self.team {

@@ -188,8 +188,14 @@ impl SyncBackend for Cuda {
         })
     }
 
-    fn rank_gradient<T: Element>(&self, pass: &mut BackwardPass<'_, '_, Self, T>) -> Result<()> {
-        self.launch_backward(pass, BackwardPart::Elements)
+    fn rank_gradient<T: Element>(
+        &self,
+        pass: &mut BackwardPass<'_, '_, Self, T>,
+        exchange: &mut Exchange<Self>,
+    ) -> Result<()> {
+        let own = Operand::buffer(&exchange.sums, self.stream());
+        let [sum, sum_centred] = [0, 1].map(|vector| vector_of(&own, exchange.layout, vector));
+        self.launch_backward(pass, BackwardPart::Elements { sum, sum_centred })
     }
 }
 

@@ -75,8 +75,7 @@ pub trait SyncBackend: Backend {
         exchange: &mut Exchange<Self>,
     ) -> Result<()>;
 
-    /// Writes the sums over the gradient of this rank's batch, which is not empty, to its message, and the gradients at
-    /// weight and bias where they are wanted.
+    /// Writes the sums over the gradient of this rank's batch, which is not empty, to its message.
     ///
     /// # Errors
     /// The driver's.
@@ -99,12 +98,17 @@ pub trait SyncBackend: Backend {
         exchange: &mut Exchange<Self>,
     ) -> Result<()>;
 
-    /// The gradient at x (and at the residual) of this rank's batch, which is not empty.
+    /// The gradient at x (and at the residual) of this rank's batch, which is not empty, and last the gradients at weight and
+    /// bias where they are wanted: so that they are as they were if the ranks do not meet.
     ///
     /// # Errors
     /// The driver's.
     #[doc(hidden)]
-    fn rank_gradient<T: Element>(&self, pass: &mut BackwardPass<'_, '_, Self, T>) -> Result<()>;
+    fn rank_gradient<T: Element>(
+        &self,
+        pass: &mut BackwardPass<'_, '_, Self, T>,
+        exchange: &mut Exchange<Self>,
+    ) -> Result<()>;
 }
 
 /// What becomes of all ranks' statistics.
@@ -453,9 +457,9 @@ impl<B: SyncBackend, C: Collective<B>, P: Real> SyncBatchNorm<B, C, P> {
         } = saved;
         let shape = *shape;
         if shape.is_empty() {
-            self.module.zero_parameter_gradients(backward)?;
             self.gather_sums(exchange)?;
-            return backend.merge_sums::<T>(shape, workspace, exchange);
+            backend.merge_sums::<T>(shape, workspace, exchange)?;
+            return self.module.zero_parameter_gradients(backward);
         }
         let mut pass = self
             .module
@@ -463,7 +467,7 @@ impl<B: SyncBackend, C: Collective<B>, P: Real> SyncBatchNorm<B, C, P> {
         backend.rank_sums(&mut pass, exchange)?;
         self.gather_sums(exchange)?;
         backend.merge_sums::<T>(shape, pass.workspace, exchange)?;
-        backend.rank_gradient(&mut pass)
+        backend.rank_gradient(&mut pass, exchange)
     }
 
     fn gather_sums(&self, exchange: &mut Exchange<B>) -> Result<()> {
