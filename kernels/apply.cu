@@ -57,8 +57,8 @@ KERNEL(apply, Arguments, THREADS) {
 
     const RunningUpdate& update = arguments.update;
     if (update.mean && task.split == 0) {
-      const Real momentum = arguments.cumulative ? load_one(arguments.cumulative) : (Real)update.momentum;
       for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
+        const Real momentum = arguments.cumulative ? load_one(arguments.cumulative) : (Real)update.momentum;
         const Index c = task.channel + channel;
         const Real mean = staged.at(Staged::PIVOT, channel) + staged.at(Staged::MEAN_OFFSET, channel);
         update.move(c, mean, load_one(arguments.batch_variance + c), momentum);

@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use batchnorm_cuda::cuda::Walk;
-use batchnorm_cuda::cuda::plan::{Operation, Plan, Problem};
+use batchnorm_cuda::cuda::plan::{Choice, Operation, Plan, Problem};
 use batchnorm_cuda::half::f16;
 use batchnorm_cuda::{Cuda, Element, Epilogue, Momentum, Shape};
 use common::{Case, Form, Outcome, Random, assert_same_bits, run_as};
@@ -37,7 +37,7 @@ fn shapes() -> [Shape; 7] {
 
 fn device() -> Cuda {
     emulator::install();
-    common::cuda_device(emulator::ordinal("small-75"))
+    common::cuda_device(emulator::ordinal("small-75")).with_choice(Choice::GENERAL)
 }
 
 /// A step whose results under the default schedule are known.
@@ -157,7 +157,7 @@ fn every_walk_is_shuffled() {
         .into_iter()
         .map(|shape| {
             let problem = Problem::new(Operation::Train, shape, f32::DTYPE);
-            let first = Plan::new(&problem, device.limits()).unwrap().kernels[0];
+            let first = Plan::chosen(&problem, device.limits(), device.choice()).unwrap().kernels[0];
             format!("{:?}, {}", first.instantiation.walk, first.tiling.splits > 1)
         })
         .collect();
