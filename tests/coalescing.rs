@@ -50,7 +50,10 @@ fn assert_resident_coalesced<T: Element>(shape: Shape, walk: Walk, epilogue: Epi
             let cuda = common::cuda_device(emulator::ordinal("h200")).with_choice(choice);
             let kernels = launches_coalesce::<T>(&cuda, shape, walk, epilogue);
             for kernel in ["resident_forward", "resident_backward"] {
-                assert!(kernels.iter().any(|launched| launched == kernel), "{kernel}, {choice} did not run");
+                assert!(
+                    kernels.iter().any(|launched| launched == kernel),
+                    "{kernel}, {choice} did not run"
+                );
             }
         }
     }

@@ -157,7 +157,9 @@ fn every_walk_is_shuffled() {
         .into_iter()
         .map(|shape| {
             let problem = Problem::new(Operation::Train, shape, f32::DTYPE);
-            let first = Plan::chosen(&problem, device.limits(), device.choice()).unwrap().kernels[0];
+            let first = Plan::chosen(&problem, device.limits(), device.choice())
+                .unwrap()
+                .kernels[0];
             format!("{:?}, {}", first.instantiation.walk, first.tiling.splits > 1)
         })
         .collect();

@@ -255,6 +255,48 @@ fn replayed_graph_goes_on_meeting_and_counting() {
     }
 }
 
+/// A pass of a step, with its name.
+type Pass = (&'static str, fn(&mut Training<f32>) -> Result<()>);
+
+/// Whichever call of the driver fails, once: the pass says so, running statistics and gradients are as they were, and the same
+/// pass works the next time.
+#[test]
+fn a_failed_call_changes_nothing_and_can_be_made_again() {
+    const CUDA_ERROR_OUT_OF_MEMORY: u32 = 2;
+    alone("a_failed_call_changes_nothing_and_can_be_made_again", || {
+        let context = context_without_events();
+        let shape = Shape::nchw(2, 5, 4, 4);
+        let training = || Training::<f32>::new(&on_own_stream(&context), shape, Momentum::CumulativeAverage, 2);
+        let (mut failing, mut direct) = (training(), training());
+        let passes: [Pass; 2] = [("forward", Training::forward), ("backward", Training::backward)];
+        for (what, pass) in passes {
+            let watch = emulator::watch_calls();
+            pass(&mut failing).unwrap();
+            let calls = watch.finish();
+            pass(&mut direct).unwrap();
+            for name in ["cuLaunchKernel", "cuMemcpyDtoDAsync_v2"] {
+                assert!(calls.iter().any(|call| call == name), "{what}: {calls:?}");
+            }
+            let touched = |training: &Training<f32>| {
+                let gradients = [&training.gradients.weight, &training.gradients.bias];
+                let gradients = gradients.map(|gradient| training.device.read(gradient).unwrap());
+                (training.bn.module().state_dict().unwrap(), gradients)
+            };
+            for (number, call) in calls.iter().enumerate() {
+                let before = touched(&failing);
+                let watch = emulator::inject_fault(number as u64, CUDA_ERROR_OUT_OF_MEMORY);
+                let failed = pass(&mut failing);
+                watch.finish();
+                assert!(failed.is_err(), "{what}: {call}, number {number}, failed unnoticed");
+                assert_eq!(touched(&failing), before, "{what}: {call}, number {number}");
+            }
+            pass(&mut failing).unwrap();
+            pass(&mut direct).unwrap();
+            failing.assert_same(&direct);
+        }
+    });
+}
+
 /// A collective that goes through the host cannot be captured; the error says so, and the module is as it was.
 #[test]
 fn ranks_that_are_threads_cannot_be_captured() {
