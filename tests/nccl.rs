@@ -13,7 +13,7 @@ use batchnorm_cuda::{
     AsTensor, AsTensorMut, Backend, BatchNorm2d, BatchNorm2dConfig, Collective, Cuda, Epilogue, Error, Momentum, Shape,
     SyncBatchNorm,
 };
-use common::{Case, Driver, Random, on_own_stream, reference};
+use common::{Case, Driver, Random, on_own_stream, on_stream, reference};
 use std::sync::Arc;
 
 /// How many ranks this machine can have: one for each GPU, and on the stand-in three in any case.
@@ -56,7 +56,7 @@ fn on_ranks<R: Send>(work: impl Fn(usize, Arc<CudaStream>, Comm) -> R + Sync) ->
 #[test]
 fn messages_arrive_in_the_order_of_the_ranks() {
     let gathered = on_ranks(|rank, stream, comm| {
-        let cuda = Cuda::on_stream(stream).unwrap();
+        let cuda = on_stream(stream);
         assert_eq!(
             (Collective::<Cuda>::rank(&comm), Collective::<Cuda>::world_size(&comm)),
             (rank, ranks())
@@ -81,7 +81,7 @@ fn ranks_normalise_by_the_whole_batch() {
     let (want, scales) = reference(&case);
     let image = case.x.len() / shape.batch;
     let outcomes = on_ranks(|rank, stream, comm| {
-        let cuda = Cuda::on_stream(stream).unwrap();
+        let cuda = on_stream(stream);
         let mut module = BatchNorm2d::<Cuda>::new(&cuda, case.config.clone()).unwrap();
         module.load_state_dict(&case.state).unwrap();
         let mut bn = SyncBatchNorm::new(module, comm).unwrap();
@@ -153,7 +153,7 @@ fn a_step_over_nccl_is_captured_and_replayed() {
     // SAFETY: in this test every buffer is used on one stream only.
     unsafe { context.disable_event_tracking() };
     let stream = context.new_stream().unwrap();
-    let cuda = Cuda::on_stream(stream.clone()).unwrap();
+    let cuda = on_stream(stream.clone());
     let comm = Comm::from_rank(stream.clone(), 0, 1, Id::new().unwrap()).unwrap();
     let shape = Shape::nchw(3, 6, 5, 4);
     let case = Case::<f16>::random(&mut Random::new(2), shape, Epilogue::Identity);

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use batchnorm_cuda::half::{bf16, f16};
@@ -467,6 +468,86 @@ fn ranks_in_different_passes_are_found_out<B: Ranked>(device: &B) {
     }
 }
 
+/// A rank by itself, whose collective fails when it is told to.
+struct Failing<'a> {
+    rank: &'a ThreadRank,
+    fails: &'a Cell<bool>,
+}
+
+impl<B: Ranked> Collective<B> for Failing<'_> {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world_size(&self) -> usize {
+        1
+    }
+
+    fn all_gather(&self, backend: &B, own: B::View<'_, i64>, gathered: B::ViewMut<'_, i64>) -> Result<()> {
+        if self.fails.get() {
+            let message = "on purpose".into();
+            return Err(Error::Collective { rank: 0, message });
+        }
+        self.rank.all_gather(backend, own, gathered)
+    }
+}
+
+/// Statistics and gradients, also those that are added up, are as they were; and the same pass works the next time.
+fn a_failed_meeting_changes_nothing<B: Ranked>(device: &B) {
+    let shape = Shape::nchw(2, 3, 2, 2);
+    let rank = ThreadRank::group(1, PATIENCE).pop().unwrap();
+    let fails = Cell::new(false);
+    let module = BatchNorm2d::<B, f32>::new(device, BatchNorm2dConfig::new(3)).unwrap();
+    let mut bn = SyncBatchNorm::new(
+        module,
+        Failing {
+            rank: &rank,
+            fails: &fails,
+        },
+    )
+    .unwrap();
+    let mut saved = bn.prepare::<f32>(shape).unwrap();
+    let case = Case::<f32>::random(&mut Random::new(14), shape, Epilogue::Identity);
+    let (x, dy) = (
+        device.upload(&case.x).unwrap(),
+        device.upload(case.dy.as_ref().unwrap()).unwrap(),
+    );
+    let mut y = device.zeros::<f32>(24).unwrap();
+    let mut dx = device.zeros::<f32>(24).unwrap();
+    let mut gradients = bn.module().gradients().unwrap();
+
+    let before = bn.module().state_dict().unwrap();
+    fails.set(true);
+    let failed = bn.forward_train(&x, &mut y, &mut saved);
+    assert!(matches!(failed, Err(Error::Collective { .. })), "{failed:?}");
+    assert_eq!(bn.module().state_dict().unwrap(), before);
+    assert_eq!(saved.mean(), Err(Error::SavedEmpty));
+    fails.set(false);
+    bn.forward_train(&x, &mut y, &mut saved).unwrap();
+    assert_eq!(bn.module().num_batches_tracked().unwrap(), Some(1));
+
+    let mut add = || {
+        let backward = Backward::new(&x, &dy).dx(&mut dx).accumulate_parameters(&mut gradients);
+        let done = bn.backward_with(backward, &mut saved);
+        (
+            done,
+            device.read(&gradients.weight).unwrap(),
+            device.read(&gradients.bias).unwrap(),
+        )
+    };
+    let (done, weight, bias) = add();
+    done.unwrap();
+    fails.set(true);
+    let (failed, weight_after, bias_after) = add();
+    assert!(matches!(failed, Err(Error::Collective { .. })), "{failed:?}");
+    assert_eq!((&weight_after, &bias_after), (&weight, &bias));
+    fails.set(false);
+    let (done, weight_after, _) = add();
+    done.unwrap();
+    let twice: Vec<f32> = weight.iter().map(|gradient| 2.0 * gradient).collect();
+    assert_same_bits("dweight, added twice", &weight_after, &twice);
+}
+
 /// A wrong argument is found before the others are met: they wait, and the rank may try again.
 fn a_rank_may_call_again_after_a_wrong_argument<B: Ranked>(device: &B) {
     let shape = Shape::nchw(2, 3, 2, 2);
@@ -615,6 +696,7 @@ on_every_device!(
     modules_that_differ_are_refused_on_every_rank,
     ranks_in_different_passes_are_found_out,
     a_rank_may_call_again_after_a_wrong_argument,
+    a_failed_meeting_changes_nothing,
     parameter_gradients_alone_meet_nobody,
     evaluation_is_the_modules_own,
     the_gradient_may_replace_that_at_the_output,
