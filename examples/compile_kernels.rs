@@ -171,12 +171,28 @@ fn is_sample(one: &Instantiation) -> bool {
         && (one.epilogue == Epilogue::Identity || one.resident.is_some())
 }
 
-/// Shared memory that the instantiation is launched with, on a layer of ResNet-50 and shapes beside it, if one of them asks
-/// for it.
-fn shared_bytes(one: &Instantiation) -> Option<u32> {
-    // Of the limits the general kernels' shared memory depends on nothing that the devices differ in; a resident kernel's is
-    // what the device has.
-    let limits = DeviceLimits::named("h200")?;
+/// Limits of a device of this compute capability.
+fn limits(architecture: u32) -> Option<DeviceLimits> {
+    let name = match architecture {
+        75 => "t4",
+        80 => "a100",
+        90 => "h200",
+        100 => "b200",
+        // As far as shared memory goes, the GPUs without the large memory are alike.
+        _ => "rtx4090",
+    };
+    let limits = DeviceLimits::named(name)?;
+    Some(DeviceLimits {
+        architecture,
+        largest_cluster: if architecture >= 90 { 8 } else { 1 },
+        ..limits
+    })
+}
+
+/// Shared memory that the instantiation is launched with on such a device, on a layer of ResNet-50 and shapes beside it, if
+/// one of them asks for it.
+fn shared_bytes(one: &Instantiation, architecture: u32) -> Option<u32> {
+    let limits = limits(architecture)?;
     let choice = match &one.resident {
         None => Choice::GENERAL,
         Some(resident) => Choice {
@@ -226,7 +242,7 @@ fn describe(one: &Instantiation, architecture: u32, file: &Path, time: Duration)
         "stores_gradient": one.stores_gradient,
         "batch_statistics": one.batch_statistics,
         "resident": one.resident.map(|resident| resident.to_string()),
-        "shared_bytes": shared_bytes(one),
+        "shared_bytes": shared_bytes(one, architecture),
         "sample": is_sample(one),
         "definitions": one.definitions(),
         "table": Selection::Table.takes(one),

@@ -108,10 +108,12 @@ fn fingerprints(cuda: &Cuda, small: bool) -> Result<Value> {
         }
         for (turn, choice) in CHOICES.into_iter().enumerate() {
             for epilogue in Epilogue::ALL {
-                for dtype in Dtype::ALL {
-                    // Each kernel in each walk with one epilogue and one type, another one each time.
+                for (place, dtype) in Dtype::ALL.into_iter().enumerate() {
+                    // On the resident paths each type with one epilogue, another one each time; of a small run each
+                    // kernel with one type.
                     let turn = number + turn;
-                    if small && (epilogue != Epilogue::ALL[turn % 3] || dtype != Dtype::ALL[turn % 4]) {
+                    let in_turn = epilogue == Epilogue::ALL[(turn + place) % 3];
+                    if !(choice.general || in_turn) || (small && !(in_turn && place == turn % 4)) {
                         continue;
                     }
                     let cuda = cuda.with_choice(choice);

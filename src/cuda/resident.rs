@@ -228,6 +228,9 @@ pub(super) fn candidates(
                     limits,
                 };
                 chip.teams(|team, splits, teams| {
+                    if teams * splits > u64::from(limits.grid) {
+                        return;
+                    }
                     let share = cut.work().div_ceil(splits);
                     let tiling = Tiling {
                         splits,
