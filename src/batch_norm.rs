@@ -612,11 +612,6 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         }
         shape.len().map(|_| ())
     }
-
-    /// Everything that a state dict is about.
-    pub(crate) fn buffers_mut(&mut self) -> (Option<&mut Parameters<B, P>>, Option<&mut RunningStatistics<B, P>>) {
-        (self.parameters.as_mut(), self.running.as_mut())
-    }
 }
 
 /// A forward pass by the statistics of its batch: training, or evaluation without running statistics.

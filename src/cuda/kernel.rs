@@ -83,8 +83,8 @@ impl Kernel {
         }
     }
 
-    /// Whether it walks no tensor: one thread per channel.
-    pub(super) const fn per_channel(self) -> bool {
+    /// Whether it walks no tensor, and has one thread per channel: the kernels that join what ranks tell each other.
+    pub const fn per_channel(self) -> bool {
         matches!(
             self,
             Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning

@@ -489,7 +489,7 @@ impl Plan {
 
     /// As [`Plan::modelled_time`], at other costs.
     pub fn modelled_time_at(&self, costs: &Costs) -> f64 {
-        model::modelled_time(&self.kernels, tensor_bytes(&self.problem), &self.limits, costs)
+        model::modelled_time(&self.kernels, &self.limits, costs)
     }
 
     /// Bytes of all launches.
@@ -562,13 +562,13 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    /// The resident kernel for the pass, if there is one. Where no gradient at a tensor is wanted, or nothing depends on the
-    /// batch's statistics, the general path reads every tensor once already.
+    /// The resident kernel for the pass, if there is one. Where nothing depends on sums over the batch, the general path
+    /// reads every tensor once already.
     fn resident_kernel(&self) -> Option<Kernel> {
         match self.problem.operation {
             _ if self.problem.stage != Stage::Whole => None,
             Operation::Train => Some(Kernel::ResidentForward),
-            Operation::Backward if self.problem.input_gradient => Some(Kernel::ResidentBackward),
+            Operation::Backward if self.problem.needs_sums() => Some(Kernel::ResidentBackward),
             _ => None,
         }
     }
@@ -587,10 +587,10 @@ impl Planner<'_> {
 
     /// The fastest resident candidate, unless the general path is faster.
     ///
-    /// Decided for the pass with everything wanted, so that all passes of one operation and shape take the same path, and a
-    /// workspace that was made for one suits the others.
+    /// Decided for the pass with everything wanted: so all passes of one operation and shape take the same path, come by the
+    /// same bits, and find their room in one workspace.
     fn choose(&self, choice: &Choice) -> Option<Candidate> {
-        if choice.general {
+        if choice.general || self.resident_kernel().is_none() {
             return None;
         }
         let full = Problem {
@@ -599,6 +599,7 @@ impl Planner<'_> {
                 Operation::Train => Tracking::Momentum,
                 _ => Tracking::None,
             },
+            input_gradient: self.problem.operation != Operation::Train,
             residual_gradient: self.problem.epilogue == Epilogue::AddRelu && self.problem.operation != Operation::Train,
             parameter_gradients: self.problem.operation != Operation::Train,
             accumulate: false,
@@ -608,8 +609,7 @@ impl Planner<'_> {
             problem: &full,
             limits: self.limits,
         };
-        let time =
-            |kernels: &[KernelLaunch]| model::modelled_time(kernels, tensor_bytes(&full), self.limits, &tuning::COSTS);
+        let time = |kernels: &[KernelLaunch]| model::modelled_time(kernels, self.limits, &tuning::COSTS);
         let best = planner
             .resident_candidates()
             .into_iter()

@@ -294,7 +294,7 @@ impl<B: SyncBackend, C: Collective<B>, P: Real> SyncBatchNorm<B, C, P> {
     }
 
     /// As [`BatchNorm2d::prepare`], for this rank's batch; the others are not asked. The batch may be empty, or of one value
-    /// per channel.
+    /// per channel. A backward pass that does not ask for the gradient at x may compile at its first use.
     ///
     /// # Errors
     /// As [`BatchNorm2d::prepare`].
