@@ -8,8 +8,8 @@
 //! cargo run --example plan -- --shape 32x64x56x56 --team cluster4 --threads 512
 //! ```
 
-#[path = "../benches/shapes/mod.rs"]
-mod shapes;
+#[path = "../benches/shapes/resnet_50.rs"]
+mod resnet_50;
 
 use std::process::ExitCode;
 
@@ -154,7 +154,7 @@ fn print_table(arguments: &Arguments, limits: &DeviceLimits) -> Result<()> {
         arguments.epilogue
     );
     for batch in [32, 256] {
-        for shape in shapes::resnet_50().filter(|shape| shape.layout == Layout::Nchw) {
+        for shape in resnet_50::resnet_50().filter(|shape| shape.layout == Layout::Nchw) {
             let shape = Shape { batch, ..shape };
             for operation in [Operation::Train, Operation::Backward] {
                 let plan = Plan::chosen(&arguments.problem(operation, shape), limits, &arguments.choice())?;

@@ -1,6 +1,9 @@
 //! Plans, for any device on any machine: every launch is legal, every element is covered exactly once, nothing overflows,
 //! and the bytes are what the design says.
 
+#[path = "../benches/shapes/resnet_50.rs"]
+mod resnet_50;
+
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
@@ -325,26 +328,11 @@ fn fastest(problem: Problem) -> Plan {
     Plan::new(&problem, &h200()).unwrap()
 }
 
-const RESNET_50: [(usize, usize); 12] = [
-    (64, 112),
-    (64, 56),
-    (128, 56),
-    (256, 56),
-    (128, 28),
-    (256, 28),
-    (512, 28),
-    (256, 14),
-    (512, 14),
-    (1024, 14),
-    (512, 7),
-    (2048, 7),
-];
-
 #[test]
 fn every_shape_of_resnet_50_crosses_memory_once() {
     for batch in [32, 256] {
-        for (channels, side) in RESNET_50 {
-            let shape = Shape::nchw(batch, channels, side, side);
+        for shape in resnet_50::resnet_50().filter(|shape| shape.layout == Layout::Nchw) {
+            let shape = Shape { batch, ..shape };
             for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
                 for epilogue in Epilogue::ALL {
                     for operation in [Operation::Train, Operation::Backward] {
