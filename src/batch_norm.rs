@@ -27,10 +27,10 @@ use crate::shape::Shape;
 /// copies to the host.
 #[derive(Debug)]
 pub struct BatchNorm2d<B: Backend, P: Real = f32> {
-    backend: B,
-    config: BatchNorm2dConfig,
-    parameters: Option<Parameters<B, P>>,
-    running: Option<RunningStatistics<B, P>>,
+    pub(crate) backend: B,
+    pub(crate) config: BatchNorm2dConfig,
+    pub(crate) parameters: Option<Parameters<B, P>>,
+    pub(crate) running: Option<RunningStatistics<B, P>>,
 }
 
 /// What is learnt: one weight and one bias per channel.
@@ -56,13 +56,13 @@ pub(crate) struct RunningStatistics<B: Backend, P: Real> {
 /// use another's; the statistics are those of the last forward pass, whichever module ran it.
 #[derive(Debug)]
 pub struct Saved<B: Backend, T: Element> {
-    backend: B,
-    shape: Shape,
-    epilogue: Epilogue,
-    statistics: BatchStatistics<B, T>,
-    workspace: B::Workspace<T>,
+    pub(crate) backend: B,
+    pub(crate) shape: Shape,
+    pub(crate) epilogue: Epilogue,
+    pub(crate) statistics: BatchStatistics<B, T>,
+    pub(crate) workspace: B::Workspace<T>,
     /// Whether a forward pass has filled the statistics.
-    filled: bool,
+    pub(crate) filled: bool,
 }
 
 impl<B: Backend, T: Element> Saved<B, T> {
@@ -97,12 +97,12 @@ impl<B: Backend, T: Element> Saved<B, T> {
         self.backend.to_vec(self.statistics.invstd.view())
     }
 
-    fn check_filled(&self) -> Result<()> {
+    pub(crate) fn check_filled(&self) -> Result<()> {
         if self.filled { Ok(()) } else { Err(Error::SavedEmpty) }
     }
 
     /// Refuses to serve a call it was not prepared for.
-    fn check_prepared(&self, backend: &B, channels: usize, epilogue: Epilogue) -> Result<()> {
+    pub(crate) fn check_prepared(&self, backend: &B, channels: usize, epilogue: Epilogue) -> Result<()> {
         let mismatch = |what, expected: String, got: String| Err(Error::SavedMismatch { what, expected, got });
         if !self.backend.same_device(backend) {
             return mismatch("device", format!("{:?}", self.backend), format!("{backend:?}"));
@@ -259,6 +259,15 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
     /// # Errors
     /// As [`BatchNorm2d::prepare`].
     pub fn prepare_fused<T: Element<Param = P>>(&self, shape: Shape, epilogue: Epilogue) -> Result<Saved<B, T>> {
+        self.prepare_with(shape, epilogue, || self.backend.prepare::<T>(shape, epilogue))
+    }
+
+    pub(crate) fn prepare_with<T: Element<Param = P>>(
+        &self,
+        shape: Shape,
+        epilogue: Epilogue,
+        workspace: impl FnOnce() -> Result<B::Workspace<T>>,
+    ) -> Result<Saved<B, T>> {
         self.check_shape(shape)?;
         let zeros = || self.backend.zeros::<P>(self.config.num_features);
         Ok(Saved {
@@ -270,7 +279,7 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
                 mean_offset: zeros()?,
                 invstd: zeros()?,
             },
-            workspace: self.backend.prepare::<T>(shape, epilogue)?,
+            workspace: workspace()?,
             filled: false,
         })
     }
@@ -534,14 +543,35 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
     where
         T: Element<Param = P>,
     {
-        if backward.parameters.is_some() && self.parameters.is_none() {
-            return Err(Error::NotAffine);
-        }
-        backward.validate(&self.backend, shape)?;
+        self.check_backward(&backward, shape)?;
         if shape.is_empty() {
             return self.zero_parameter_gradients(backward);
         }
-        self.backend.backward(BackwardPass {
+        self.backend
+            .backward(self.backward_pass(backward, shape, statistics, workspace))
+    }
+
+    pub(crate) fn check_backward<T>(&self, backward: &Backward<'_, B, T>, shape: Shape) -> Result<()>
+    where
+        T: Element<Param = P>,
+    {
+        if backward.parameters.is_some() && self.parameters.is_none() {
+            return Err(Error::NotAffine);
+        }
+        backward.validate(&self.backend, shape)
+    }
+
+    pub(crate) fn backward_pass<'t, 'm, T>(
+        &'m self,
+        backward: Backward<'t, B, T>,
+        shape: Shape,
+        statistics: BackwardStatistics<'m, B, T>,
+        workspace: &'m mut B::Workspace<T>,
+    ) -> BackwardPass<'t, 'm, B, T>
+    where
+        T: Element<Param = P>,
+    {
+        BackwardPass {
             shape,
             eps: self.config.eps,
             x: backward.x,
@@ -552,11 +582,11 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
             parameters: backward.parameters,
             statistics,
             workspace,
-        })
+        }
     }
 
     /// An empty batch adds nothing to gradients, and written gradients are zero. Allocates.
-    fn zero_parameter_gradients<T>(&self, backward: Backward<'_, B, T>) -> Result<()>
+    pub(crate) fn zero_parameter_gradients<T>(&self, backward: Backward<'_, B, T>) -> Result<()>
     where
         T: Element<Param = P>,
     {
@@ -581,11 +611,6 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
             });
         }
         shape.len().map(|_| ())
-    }
-
-    /// Everything that a state dict is about.
-    pub(crate) fn buffers_mut(&mut self) -> (Option<&mut Parameters<B, P>>, Option<&mut RunningStatistics<B, P>>) {
-        (self.parameters.as_mut(), self.running.as_mut())
     }
 }
 

@@ -28,6 +28,7 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
     let eps = T::Param::from_f64(pass.eps);
     let (statistics, batch) = match pass.statistics {
         ForwardStatistics::Running { mean, variance } => (Statistics::Running { mean, variance, eps }, None),
+        ForwardStatistics::Saved(saved) => (Statistics::of_batch(saved), None),
         ForwardStatistics::Batch {
             saved,
             workspace,
@@ -78,16 +79,20 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
 
 /// Counts the batch, and says how far the running statistics move towards it.
 fn count_batch<T: Element>(update: RunningUpdate<'_, Cpu, T>) -> Running<'_, T::Param> {
-    let batches = &mut update.batches[0];
-    *batches += 1;
     Running {
+        factor: count(&mut update.batches[0], update.momentum),
         mean: Sink::from(update.mean),
         variance: Sink::from(update.variance),
-        factor: match update.momentum {
-            Momentum::Factor(momentum) => T::Param::from_f64(momentum),
-            Momentum::CumulativeAverage => T::Param::ONE / T::Param::from_f64(*batches as f64),
-        },
         skip_non_finite: update.skip_non_finite,
+    }
+}
+
+/// Counts a batch; the factor of its statistics in the running ones.
+pub(super) fn count<P: Real>(batches: &mut i64, momentum: Momentum) -> P {
+    *batches += 1;
+    match momentum {
+        Momentum::Factor(momentum) => P::from_f64(momentum),
+        Momentum::CumulativeAverage => P::ONE / P::from_f64(*batches as f64),
     }
 }
 

@@ -18,6 +18,7 @@ mod reduce;
 mod schedule;
 mod simd;
 mod statistics;
+mod synchronised;
 #[cfg(test)]
 mod tests;
 mod workspace;
@@ -149,8 +150,8 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn backward<T: Element>(&self, pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
-        gradients::backward(Simd::detect(), pass);
+    fn backward<T: Element>(&self, mut pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
+        gradients::backward(Simd::detect(), &mut pass, gradients::Part::Whole);
         Ok(())
     }
 }

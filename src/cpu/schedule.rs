@@ -35,6 +35,8 @@ pub(super) enum Phases {
     Both,
     /// Elements that depend on the sums of all values of their channel.
     ReduceThenApply,
+    /// What the pass yields per channel, of sums that are there.
+    Finish,
 }
 
 /// Runs a pass. Which thread does what changes no bit of the result.
@@ -58,6 +60,7 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
             for_each(threads, part_tasks, &|number| pass.reduce(&part_task(number)));
             finish();
         }
+        Phases::Finish => finish(),
         Phases::Both => {
             for_each(threads, part_tasks, &|number| {
                 let task = part_task(number);

@@ -397,7 +397,7 @@ fn step<T: Element>(simd: Simd, shape: Shape, epilogue: Epilogue) -> Vec<Vec<u64
     let [mut dweight, mut dbias] = [params(0.0), params(0.0)];
     gradients::backward(
         simd,
-        BackwardPass {
+        &mut BackwardPass {
             shape,
             eps: 1e-5,
             x: &x,
@@ -420,6 +420,7 @@ fn step<T: Element>(simd: Simd, shape: Shape, epilogue: Epilogue) -> Vec<Vec<u64
             statistics: BackwardStatistics::Batch(&saved),
             workspace: &mut workspace,
         },
+        gradients::Part::Whole,
     );
     let tensors = [y, dx, dz].map(|tensor| bits(&tensor));
     let vectors = [
