@@ -225,6 +225,7 @@ pub mod cuda;
 mod element;
 mod epilogue;
 mod error;
+mod overwrite;
 mod request;
 mod shape;
 mod state;
