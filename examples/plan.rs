@@ -8,8 +8,8 @@
 //! cargo run --example plan -- --shape 32x64x56x56 --team cluster4 --threads 512
 //! ```
 
-#[path = "../benches/shapes/mod.rs"]
-mod shapes;
+#[path = "../benches/shapes/resnet_50.rs"]
+mod resnet_50;
 
 use std::process::ExitCode;
 
@@ -126,7 +126,10 @@ fn print(arguments: &Arguments) -> Result<()> {
     if arguments.candidates {
         let mut plans = Plan::candidates(&problem, &limits)?;
         plans.sort_by(|one, other| one.modelled_time().total_cmp(&other.modelled_time()));
-        println!("{} legal ways; modelled time, ratio to the fewest bytes, way", plans.len());
+        println!(
+            "{} legal ways; modelled time, ratio to the fewest bytes, way",
+            plans.len()
+        );
         for plan in plans {
             println!("{}", line(&plan));
         }
@@ -145,10 +148,13 @@ fn print(arguments: &Arguments) -> Result<()> {
 fn print_table(arguments: &Arguments, limits: &DeviceLimits) -> Result<()> {
     println!(
         "{}, {}, {}, epilogue {}; modelled time, ratio to the fewest bytes, way",
-        limits.name, arguments.element, arguments.layout.name(), arguments.epilogue
+        limits.name,
+        arguments.element,
+        arguments.layout.name(),
+        arguments.epilogue
     );
     for batch in [32, 256] {
-        for shape in shapes::resnet_50().filter(|shape| shape.layout == Layout::Nchw) {
+        for shape in resnet_50::resnet_50().filter(|shape| shape.layout == Layout::Nchw) {
             let shape = Shape { batch, ..shape };
             for operation in [Operation::Train, Operation::Backward] {
                 let plan = Plan::chosen(&arguments.problem(operation, shape), limits, &arguments.choice())?;

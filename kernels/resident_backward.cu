@@ -19,7 +19,7 @@ struct Arguments {
   const Element* x;
   const Element* y;
   const Element* dy;
-  Element* dx;
+  Element* dx;  // absent: not wanted
   Element* dz;  // absent: not wanted
   Normalisation normalisation;
   Partials partials;
@@ -111,7 +111,7 @@ DEVICE void apply_gradient(const Arguments& arguments, const Task& task, const B
         const Real shared = fma_rn(centred, slope[e], mean_gradient[e]);
         from_real((to_real(g[u].lane[e]) - shared) * scale[e], dx.lane[e]);
       }
-      store_span(arguments.dx, spans[u], dx);
+      if (arguments.dx) store_span(arguments.dx, spans[u], dx);
       if (HAS_RESIDUAL && arguments.dz) store_span(arguments.dz, spans[u], g[u]);
     }
   }
@@ -123,7 +123,7 @@ RESIDENT_KERNEL(resident_backward, Arguments) {
   const auto begin = [&](const Task& task) { stage_normalisation(arguments, task, chip.staged()); };
   const auto work = [&](const Task& task, u32 stage, u32 lap) {
     find_sums(arguments, task, chip, stage, lap);
-    apply_gradient(arguments, task, chip, stage);
+    if (arguments.dx || arguments.dz) apply_gradient(arguments, task, chip, stage);
   };
   for_each_strip(chip, arguments.tiling, tensors, begin, work);
 }

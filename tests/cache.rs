@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use batchnorm_cuda::cuda::plan::Choice;
 use batchnorm_cuda::cuda::{CompileReport, DiskCache};
 use batchnorm_cuda::cudarc::driver::CudaContext;
 use batchnorm_cuda::{Backend, BatchNorm2d, BatchNorm2dConfig, Cuda, Element, Epilogue, Result, Shape};
@@ -99,14 +100,16 @@ fn each_context_loads_its_own_kernels() {
 
 #[test]
 fn only_what_is_used_is_compiled() {
-    let cuda = start(DiskCache::Off);
-    let bn: BatchNorm2d<Cuda> = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(3)).unwrap();
-    assert_eq!(cuda.compile_report().compiled, 0);
-    bn.prepare_eval::<f32>(SHAPE, Epilogue::Identity).unwrap();
-    assert_eq!(cuda.compile_report().compiled, 1);
-    // Statistics, apply (already there), backward reduce, backward apply.
-    bn.prepare::<f32>(SHAPE).unwrap();
-    assert_eq!(cuda.compile_report().compiled, 4);
+    // Beside apply, which evaluation has brought: statistics, backward reduce and backward apply; or forward and backward.
+    for (choice, compiled) in [(Choice::GENERAL, 4), (Choice::resident(None), 3)] {
+        let cuda = start(DiskCache::Off).with_choice(choice);
+        let bn: BatchNorm2d<Cuda> = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(3)).unwrap();
+        assert_eq!(cuda.compile_report().compiled, 0);
+        bn.prepare_eval::<f32>(SHAPE, Epilogue::Identity).unwrap();
+        assert_eq!(cuda.compile_report().compiled, 1);
+        bn.prepare::<f32>(SHAPE).unwrap();
+        assert_eq!(cuda.compile_report().compiled, compiled);
+    }
 }
 
 #[test]

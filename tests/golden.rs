@@ -15,6 +15,37 @@ on_every_device!(
     large_mean_is_off_by_less_than_a_millionth,
 );
 
+/// Every file by teams of every size, with both ways of copying.
+#[cfg(target_os = "linux")]
+mod on_cuda_resident {
+    use batchnorm_cuda::cuda::plan::{Choice, Team};
+
+    fn every_file(team: Team, stages: u32, bulk: bool) {
+        let choice = Choice {
+            stages: Some(stages),
+            // Devices without bulk copies take the general path where only these are allowed.
+            bulk: Some(bulk),
+            ..Choice::resident(Some(team))
+        };
+        super::every_file(&super::common::cuda().with_choice(choice));
+    }
+
+    #[test]
+    fn block() {
+        every_file(Team::Block, 2, false);
+    }
+
+    #[test]
+    fn cluster() {
+        every_file(Team::Cluster(4), 1, true);
+    }
+
+    #[test]
+    fn grid() {
+        every_file(Team::Grid, 1, false);
+    }
+}
+
 /// Greatest scaled error found, per stored type.
 type Worst = BTreeMap<&'static str, f64>;
 

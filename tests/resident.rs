@@ -9,10 +9,10 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use batchnorm_cuda::cuda::plan::{Choice, Operation, Plan, Problem, Resident, Team};
+use batchnorm_cuda::cuda::plan::{Choice, Team};
 use batchnorm_cuda::half::{bf16, f16};
-use batchnorm_cuda::{Cuda, Element, Epilogue, Momentum, Shape};
-use common::{Case, Form, Outcome, Random, assert_near_reference, run, run_as};
+use batchnorm_cuda::{Backend, BatchNorm2d, BatchNorm2dConfig, Cuda, Element, Epilogue, Momentum, Shape};
+use common::{Case, Form, Random, assert_near_reference, assert_same, run, run_as};
 
 fn device(profile: &str) -> Cuda {
     emulator::install();
@@ -83,17 +83,86 @@ fn every_way<T: Element>(profile: &str) {
     }
     for team in teams() {
         for (stages, bulk) in copies() {
-            assert!(ran.contains(&(team, stages, bulk)), "{team}, {stages}, {bulk} did not run on {profile}");
+            assert!(
+                ran.contains(&(team, stages, bulk)),
+                "{team}, {stages}, {bulk} did not run on {profile}"
+            );
         }
     }
 }
 
 #[test]
 fn every_team_and_way_of_copying_in_f32() {
-    every_way::<f32>("small-90");
+    every_way::<f32>("small-100");
 }
 
 #[test]
 fn every_team_and_way_of_copying_in_f16() {
     every_way::<f16>("h200");
+}
+
+/// Teams differ in the order of their sums, and in nothing else: each gives the same bits on every run.
+#[test]
+fn results_repeat_bit_for_bit() {
+    for shape in shapes() {
+        let case = Case::<bf16>::random(&mut Random::new(9), shape, Epilogue::AddRelu);
+        for team in teams() {
+            let cuda = device("small-100").with_choice(Choice::resident(Some(team)));
+            let runs = [(); 2].map(|()| run(&cuda, &case));
+            assert_same(&runs[0], &runs[1]);
+        }
+    }
+}
+
+/// Tensors that begin anywhere, y over x and dx over dy, gradients that are added to.
+#[test]
+fn forms_of_a_step() {
+    let mut random = Random::new(2);
+    for shape in shapes() {
+        for team in [Team::Block, Team::Cluster(2), Team::Grid] {
+            let cuda = device("small-100").with_choice(Choice::resident(Some(team)));
+            let case = Case::<f32>::random(&mut random, shape, Epilogue::Relu);
+            let plain = run(&cuda, &case);
+            // Where all tensors are aligned alike, sums have the same order.
+            let in_place = Form {
+                backward_in_place: true,
+                ..Form::default()
+            };
+            assert_same(&run_as(&cuda, &case, &in_place).unwrap(), &plain);
+            for offsets in [[1; 6], [1, 2, 3, 0, 5, 6]] {
+                let form = Form {
+                    offsets,
+                    ..Form::default()
+                };
+                let what = format!("{}, {offsets:?}", cuda.choice());
+                assert_near_reference(&what, &case, &run_as(&cuda, &case, &form).unwrap());
+            }
+        }
+    }
+}
+
+/// One team after another with the scratch of one workspace: whoever is last leaves it as it was found.
+#[test]
+fn passes_of_one_workspace_follow_each_other() {
+    for (stages, bulk) in copies() {
+        let cuda = device("small-100").with_choice(Choice {
+            stages: Some(stages),
+            bulk: Some(bulk),
+            ..Choice::resident(Some(Team::Grid))
+        });
+        let shape = Shape::nchw(4, 14, 4, 8);
+        let case = Case::<f32>::random(&mut Random::new(3), shape, Epilogue::Identity);
+        let mut bn: BatchNorm2d<Cuda> = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(14).momentum(None)).unwrap();
+        let mut saved = bn.prepare::<f32>(shape).unwrap();
+        let x = cuda.upload(&case.x).unwrap();
+        let first = {
+            let y = bn.forward_train_alloc(&x, &mut saved).unwrap();
+            cuda.to_vec(y.as_view()).unwrap()
+        };
+        for batches in 2..5 {
+            let y = bn.forward_train_alloc(&x, &mut saved).unwrap();
+            assert_eq!(cuda.to_vec(y.as_view()).unwrap(), first);
+            assert_eq!(bn.num_batches_tracked().unwrap(), Some(batches));
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! The forward pass's elements: normalise, scale, shift, epilogue.
 
 use super::coefficients::{Coefficients, NORMALISATION, Normalisation, SCALE, SHIFT, Table};
-use super::elementwise::{Visitor, centred, visit, write};
+use super::elementwise::{Order, Visitor, centred, visit, write};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
 use super::reduce::Block;
@@ -103,8 +103,8 @@ impl<T: Element, E: Epilogue<T>> Kernel for Apply<'_, T, E> {
         } else {
             None
         };
-        visit(self.geometry, self.task, &mut table, aligned, &visitor);
-        level.fence();
+        let order = Order::of(Some(self.elements.y), &[self.elements.x]);
+        visit(self.geometry, self.task, &mut table, aligned, order, &visitor);
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::apply::normalised;
 use super::coefficients::{Coefficients, NORMALISATION, Normalisation, SCALE, Table};
-use super::elementwise::{Visitor, centred, visit, write};
+use super::elementwise::{Order, Visitor, centred, visit, write};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
 use super::reduce::{Block, Terms, Tree, interleaved_sums, pairwise, planar_sums};
@@ -330,7 +330,6 @@ impl<T: Element, E: Mask<T>> Kernel for ApplyGradient<'_, T, E> {
             }
             None => self.visit::<S, false>(level, &mut table),
         }
-        level.fence();
     }
 }
 
@@ -343,8 +342,9 @@ impl<T: Element, E: Mask<T>> ApplyGradient<'_, T, E> {
         } else {
             None
         };
+        let order = Order::of(elements.dx.or(elements.dz), &[elements.x, elements.dy]);
         let visitor = GradientBlock::<_, _, _, TRAINING> { level, elements };
-        visit(self.geometry, self.task, table, aligned, &visitor);
+        visit(self.geometry, self.task, table, aligned, order, &visitor);
     }
 }
 

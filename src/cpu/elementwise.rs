@@ -2,10 +2,42 @@
 
 use super::coefficients::{Coefficients, OFFSET, PIVOT, Table};
 use super::geometry::{Geometry, Task};
-use super::memory::Sink;
+use super::memory::{Sink, Source};
 use super::reduce::Block;
 use super::simd::{LANES, Lanes, Level};
 use crate::element::{Element, Real};
+
+/// In which direction the blocks of a run are visited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// From the lowest address on.
+    Ascending,
+    /// From the highest address down.
+    Descending,
+}
+
+impl Order {
+    /// The better one for writing to `sink` what is computed from `sources`.
+    ///
+    /// A core holds a load back behind an earlier store whose address is the same in its lowest twelve bits. Tensors lie
+    /// thus as a rule: allocated one after the other, with sizes that are multiples of 4096 and a few bytes of the allocator
+    /// between them. Where the store is a little ahead of the next loads, the other direction brings it behind them. (Fog,
+    /// *The microarchitecture of Intel, AMD and VIA CPUs*; as much as a factor of 2.5 was measured.)
+    #[inline(always)]
+    pub(super) fn of<T: Element>(sink: Option<Sink<'_, T>>, sources: &[Source<'_, T>]) -> Self {
+        const REACH: usize = 2048;
+        let Some(sink) = sink else {
+            return Order::Ascending;
+        };
+        let ahead = |source: &&Source<'_, T>| (1..REACH).contains(&sink.distance_within_page(**source));
+        let behind = |source: &&Source<'_, T>| sink.distance_within_page(**source) > REACH;
+        if sources.iter().filter(ahead).count() > sources.iter().filter(behind).count() {
+            Order::Descending
+        } else {
+            Order::Ascending
+        }
+    }
+}
 
 /// Calls `visitor` with every block of a task. `table` has the coefficients of the task's channels, once. Where `aligned` is
 /// given, blocks start where it may be streamed to, but for the first and the last of a run.
@@ -15,6 +47,7 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
     task: &Task,
     table: &mut Table<P, M>,
     aligned: Option<Sink<'_, T>>,
+    order: Order,
     visitor: &impl Visitor<P>,
 ) {
     match geometry {
@@ -29,7 +62,7 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
                         if head > 0 {
                             visitor.visit(Block::new(start, 0, head), &coefficients);
                         }
-                        visit_blocks(start + head, runs.len - head, usize::MAX, visitor, &coefficients);
+                        visit_blocks(start + head, runs.len - head, usize::MAX, order, visitor, &coefficients);
                     }
                 }
             }
@@ -47,7 +80,7 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
             }
             table.start_at(head, period);
             for run in 0..runs.count {
-                visit_blocks(runs.start(run) + head, runs.len - head, period, visitor, table);
+                visit_blocks(runs.start(run) + head, runs.len - head, period, order, visitor, table);
             }
         }
     }
@@ -74,29 +107,44 @@ fn visit_blocks<P: Real>(
     start: usize,
     len: usize,
     period: usize,
+    order: Order,
     visitor: &impl Visitor<P>,
     coefficients: &impl Coefficients<P>,
 ) {
-    let mut position = 0;
     let full = len - len % LANES;
-    let mut at = 0;
-    while at < full {
+    let mut at = match order {
+        Order::Ascending => 0,
+        Order::Descending => full.saturating_sub(LANES),
+    };
+    let mut position = at % period;
+    for _ in 0..full / LANES {
         let block = Block {
             at: start + at,
             position,
             count: LANES,
         };
         visitor.visit(block, coefficients);
-        at += LANES;
-        position += LANES;
-        if position >= period {
-            position -= period;
+        match order {
+            Order::Ascending => {
+                at += LANES;
+                position += LANES;
+                if position >= period {
+                    position -= period;
+                }
+            }
+            Order::Descending => {
+                at = at.wrapping_sub(LANES);
+                if position < LANES {
+                    position += period;
+                }
+                position -= LANES;
+            }
         }
     }
     if full < len {
         let block = Block {
             at: start + full,
-            position,
+            position: full % period,
             count: len - full,
         };
         visitor.visit(block, coefficients);

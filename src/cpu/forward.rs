@@ -8,7 +8,7 @@ use super::coefficients::{Normalisation, Statistics};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
 use super::schedule::{Pass, Phases, run};
-use super::simd::Simd;
+use super::simd::{Fence, Simd};
 use super::statistics::{FinishStatistics, Running, Saved, TaskStatistics};
 use super::streams;
 use super::workspace::Partials;
@@ -170,5 +170,9 @@ impl<T: Element, E: Epilogue<T>> Pass for Forward<'_, T, E> {
             normalisation: self.normalisation,
             elements: self.elements,
         });
+    }
+
+    fn publish(&self) {
+        self.simd.run(Fence);
     }
 }

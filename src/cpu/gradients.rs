@@ -10,7 +10,7 @@ use super::coefficients::{Normalisation, Statistics};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
 use super::schedule::{Pass, Phases, run};
-use super::simd::Simd;
+use super::simd::{Fence, Simd};
 use super::streams;
 use super::workspace::Partials;
 use crate::backend::{BackwardEpilogue, BackwardPass, BackwardStatistics, GradientFlow};
@@ -166,5 +166,9 @@ impl<T: Element, E: Mask<T>> Pass for Gradients<'_, T, E> {
             gradient: (self.training && self.elements.dx.is_some()).then_some(self.gradient),
             elements: self.elements,
         });
+    }
+
+    fn publish(&self) {
+        self.simd.run(Fence);
     }
 }

@@ -115,6 +115,13 @@ impl<'a, T: Element> Sink<'a, T> {
         (address.wrapping_neg() % stream_alignment::<T>()) / size_of::<T>()
     }
 
+    /// How many bytes this lies behind `source`, modulo the size of a page, 4096.
+    #[inline(always)]
+    pub(super) fn distance_within_page(self, source: Source<'_, T>) -> usize {
+        const PAGE: usize = 4096;
+        self.start.addr().wrapping_sub(source.start.addr()) % PAGE
+    }
+
     /// Rounds the first `count` lanes and writes them to the elements from `at` on.
     ///
     /// # Safety

@@ -17,8 +17,11 @@ pub(super) trait Pass: Sync {
     /// Makes what the pass yields per channel from the sums of all parts of `channels`.
     fn finish(&self, channels: Range<usize>);
 
-    /// Computes a task's elements.
+    /// Computes a task's elements. Other threads may be told of them only after [`Pass::publish`].
     fn apply(&self, task: &Task);
+
+    /// Ends a thread's run of [`Pass::apply`].
+    fn publish(&self);
 }
 
 /// What a pass consists of.
@@ -50,9 +53,7 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
     };
     let finish = || for_each(threads, groups, &|group| pass.finish(geometry.group(group)));
     match phases {
-        Phases::Apply => for_each(threads, apply_tasks(geometry), &|number| {
-            pass.apply(&apply_task(geometry, number));
-        }),
+        Phases::Apply => apply_all(geometry, pass, threads, false),
         Phases::Reduce => {
             for_each(threads, part_tasks, &|number| pass.reduce(&part_task(number)));
             finish();
@@ -62,6 +63,7 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
                 let task = part_task(number);
                 pass.reduce(&task);
                 pass.apply(&task);
+                pass.publish();
             });
             finish();
         }
@@ -72,10 +74,7 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
             for_each(threads, part_tasks, &|number| pass.reduce(&part_task(number)));
             finish();
             // What was read last is read first: it may still be in a cache.
-            let last = apply_tasks(geometry) - 1;
-            for_each(threads, last + 1, &|number| {
-                pass.apply(&apply_task(geometry, last - number));
-            });
+            apply_all(geometry, pass, threads, true);
         }
     }
 }
@@ -107,12 +106,30 @@ fn group_by_group(geometry: &Geometry, pass: &impl Pass, group: usize) {
     for part in (0..geometry.parts()).rev() {
         pass.apply(&task(part));
     }
+    pass.publish();
 }
 
-/// Number of tasks for work that needs no sums.
-fn apply_tasks(geometry: &Geometry) -> usize {
-    geometry.chunks().div_ceil(geometry.adjacent_chunks()) * geometry.groups()
+/// Computes all elements, `backwards` from the last task to the first.
+fn apply_all(geometry: &Geometry, pass: &impl Pass, threads: usize, backwards: bool) {
+    let tasks = geometry.chunks().div_ceil(geometry.adjacent_chunks()) * geometry.groups();
+    // Publishing waits for all writes to arrive, so a job has many tasks; but every thread has some jobs, since they are not
+    // equally fast.
+    let bytes_per_task = (pass.bytes_per_channel() * geometry.channels()).div_ceil(tasks);
+    let tasks_per_job = (JOB / bytes_per_task).min(tasks / (JOBS_PER_THREAD * threads)).max(1);
+    for_each(threads, tasks.div_ceil(tasks_per_job), &|job| {
+        for number in job * tasks_per_job..tasks.min((job + 1) * tasks_per_job) {
+            let number = if backwards { tasks - 1 - number } else { number };
+            pass.apply(&apply_task(geometry, number));
+        }
+        pass.publish();
+    });
 }
+
+/// Bytes of the tensors that a job passes over, about.
+const JOB: usize = 512 << 10;
+
+/// Jobs that each thread has at least, if there are tasks enough.
+const JOBS_PER_THREAD: usize = 8;
 
 /// The tasks for work that needs no sums, in the order of memory as far as there is one.
 fn apply_task(geometry: &Geometry, number: usize) -> Task {

@@ -23,8 +23,8 @@
 use super::kernel::{Instantiation, Kernel};
 use super::limits::DeviceLimits;
 use super::model;
-pub use super::resident::{Resident, Team};
 use super::resident::{self, Candidate, STAGED_NUMBERS};
+pub use super::resident::{Resident, Team};
 use super::tiling::{self, Demand};
 pub use super::tiling::{Alignment, Tiling};
 use super::tuning;
@@ -344,7 +344,8 @@ impl std::fmt::Display for Choice {
             self.grid.map(|grid| format!("{grid} in all")),
             self.threads.map(|threads| format!("{threads} threads")),
             self.stages.map(|stages| format!("{stages} stages")),
-            self.bulk.map(|bulk| if bulk { "bulk copies" } else { "own copies" }.to_owned()),
+            self.bulk
+                .map(|bulk| if bulk { "bulk copies" } else { "own copies" }.to_owned()),
             self.vector.map(|vector| format!("vectors of {vector}")),
             self.width.map(|width| format!("strips of {width} vectors")),
         ];
@@ -451,7 +452,7 @@ impl Plan {
 
     /// As [`Plan::modelled_time`], at other costs.
     pub fn modelled_time_at(&self, costs: &Costs) -> f64 {
-        model::modelled_time(&self.kernels, tensor_bytes(&self.problem), &self.limits, costs)
+        model::modelled_time(&self.kernels, &self.limits, costs)
     }
 
     /// Bytes of all launches.
@@ -524,12 +525,12 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    /// The resident kernel for the pass, if there is one. Where no gradient at a tensor is wanted, or nothing depends on the
-    /// batch's statistics, the general path reads every tensor once already.
+    /// The resident kernel for the pass, if there is one. Where nothing depends on sums over the batch, the general path
+    /// reads every tensor once already.
     fn resident_kernel(&self) -> Option<Kernel> {
         match self.problem.operation {
             Operation::Train => Some(Kernel::ResidentForward),
-            Operation::Backward if self.problem.input_gradient => Some(Kernel::ResidentBackward),
+            Operation::Backward if self.problem.needs_sums() => Some(Kernel::ResidentBackward),
             _ => None,
         }
     }
@@ -548,10 +549,10 @@ impl Planner<'_> {
 
     /// The fastest resident candidate, unless the general path is faster.
     ///
-    /// Decided for the pass with everything wanted, so that all passes of one operation and shape take the same path, and a
-    /// workspace that was made for one suits the others.
+    /// Decided for the pass with everything wanted: so all passes of one operation and shape take the same path, come by the
+    /// same bits, and find their room in one workspace.
     fn choose(&self, choice: &Choice) -> Option<Candidate> {
-        if choice.general {
+        if choice.general || self.resident_kernel().is_none() {
             return None;
         }
         let full = Problem {
@@ -560,6 +561,7 @@ impl Planner<'_> {
                 Operation::Train => Tracking::Momentum,
                 _ => Tracking::None,
             },
+            input_gradient: self.problem.operation != Operation::Train,
             residual_gradient: self.problem.epilogue == Epilogue::AddRelu && self.problem.operation != Operation::Train,
             parameter_gradients: self.problem.operation != Operation::Train,
             accumulate: false,
@@ -569,9 +571,7 @@ impl Planner<'_> {
             problem: &full,
             limits: self.limits,
         };
-        let time = |kernels: &[KernelLaunch]| {
-            model::modelled_time(kernels, tensor_bytes(&full), self.limits, &tuning::COSTS)
-        };
+        let time = |kernels: &[KernelLaunch]| model::modelled_time(kernels, self.limits, &tuning::COSTS);
         let best = planner
             .resident_candidates()
             .into_iter()

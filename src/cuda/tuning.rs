@@ -65,15 +65,25 @@ pub struct Costs {
     pub latency: f64,
     /// Agreeing on a strip's result: in a block.
     pub block_exchange: f64,
-    /// In a cluster.
+    /// In a cluster, beside what each of its blocks adds.
     pub cluster_exchange: f64,
-    /// In a grid team.
+    /// In a cluster, for each block that is waited for and joined.
+    pub cluster_exchange_per_block: f64,
+    /// In a grid team, beside what each of its blocks adds.
     pub grid_exchange: f64,
-    /// Starting one bulk copy.
+    /// In a grid team, for each block that counts itself in and is joined.
+    pub grid_exchange_per_block: f64,
+    /// Starting one bulk copy, in nanoseconds.
     pub bulk_copy: f64,
-    /// Bytes per nanosecond at which one multiprocessor goes through its shared memory.
-    pub chip_rate: f64,
-    /// How much faster than memory the L2 cache serves what fits half of it.
+    /// Elements that one multiprocessor takes through statistics and application in a nanosecond.
+    pub elements_rate: f64,
+    /// Vectors that it moves between its shared memory and registers in a nanosecond.
+    pub vectors_rate: f64,
+    /// Threads that keep it busy.
+    pub threads_that_fill: f64,
+    /// The part of the L2 cache that still holds what a kernel has read when the next one reads it again.
+    pub cached_part: f64,
+    /// How much faster than memory the L2 cache serves that.
     pub cache_speedup: f64,
 }
 
@@ -85,9 +95,14 @@ pub(super) const COSTS: Costs = Costs {
     multiprocessor_rate: 50.0,
     latency: 800.0,
     block_exchange: 400.0,
-    cluster_exchange: 1200.0,
-    grid_exchange: 3500.0,
+    cluster_exchange: 1000.0,
+    cluster_exchange_per_block: 25.0,
+    grid_exchange: 2500.0,
+    grid_exchange_per_block: 8.0,
     bulk_copy: 8.0,
-    chip_rate: 100.0,
+    elements_rate: 20.0,
+    vectors_rate: 14.0,
+    threads_that_fill: 768.0,
+    cached_part: 1.0 / 3.0,
     cache_speedup: 2.0,
 };

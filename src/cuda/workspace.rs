@@ -3,7 +3,7 @@
 use cudarc::driver::CudaSlice;
 
 use super::Cuda;
-use super::plan::{Alignment, Choice, Operation, Plan, Problem};
+use super::plan::{Alignment, Operation, Plan, Problem};
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Result;
@@ -47,12 +47,9 @@ impl<T: Element> Workspace<T> {
                     alignment,
                     ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
                 };
-                // Passes that want few gradients take the general path, whatever the choice.
-                for choice in [cuda.choice, Choice::GENERAL] {
-                    let plan = Plan::chosen(&problem, &cuda.device.limits, &choice)?;
-                    partials = plan.partials().max(partials);
-                    counters = plan.counters().max(counters);
-                }
+                let plan = Plan::chosen(&problem, &cuda.device.limits, &cuda.choice)?;
+                partials = plan.partials().max(partials);
+                counters = plan.counters().max(counters);
             }
         }
         Ok(Self {

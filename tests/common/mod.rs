@@ -7,6 +7,8 @@
 use batchnorm_cuda::{Element, Shape};
 
 mod alone;
+#[cfg(feature = "candle")]
+pub mod candle;
 mod case;
 mod device;
 pub mod golden;
@@ -70,7 +72,7 @@ pub fn assert_near<T: Element>(what: &str, shape: Shape, got: &Values, want: &Va
     assert_eq!(got.num_batches_tracked, want.num_batches_tracked, "{what}, {shape}");
 }
 
-/// Makes of each function `f(device: &impl Device)` a test on the CPU and one on CUDA.
+/// Makes of each function `f(device: &impl Device)` a test on the CPU, one on CUDA, and one on CUDA's general path.
 macro_rules! on_every_device {
     ($($(#[$attribute:meta])* $name:ident),+ $(,)?) => {
         mod on_cpu {
@@ -91,6 +93,19 @@ macro_rules! on_every_device {
                 $(#[$attribute])*
                 fn $name() {
                     super::$name(&super::common::cuda());
+                }
+            )+
+        }
+
+        /// The general path, which large tensors take, and `f64`.
+        #[cfg(target_os = "linux")]
+        mod on_cuda_general {
+            $(
+                #[test]
+                $(#[$attribute])*
+                fn $name() {
+                    let general = batchnorm_cuda::cuda::plan::Choice::GENERAL;
+                    super::$name(&super::common::cuda().with_choice(general));
                 }
             )+
         }

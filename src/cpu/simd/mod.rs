@@ -126,6 +126,18 @@ pub(super) trait Level: Copy {
     /// Rounds to nearest even.
     fn narrow_f16(self, lanes: &Lanes<f32>) -> [f16; LANES];
 
+    /// Converts exactly.
+    #[inline(always)]
+    fn widen_bf16(self, block: &[bf16; LANES]) -> Lanes<f32> {
+        lanes(|i| block[i].to_f32())
+    }
+
+    /// Rounds to nearest even.
+    #[inline(always)]
+    fn narrow_bf16(self, lanes: &Lanes<f32>) -> [bf16; LANES] {
+        lanes.map(bf16_from_f32)
+    }
+
     /// The first `count` elements of a block from `from` on, the others zero. Fewer than [`LANES`].
     ///
     /// # Safety
@@ -205,12 +217,12 @@ pub(super) fn widen<S: Level, T: Element>(level: S, block: &[T; LANES]) -> Lanes
     // The casts compare types that are known when this is compiled, so that nothing of them is left in the program.
     if let Some(block) = block.downcast_ref::<[f16; LANES]>() {
         same_type(level.widen_f16(block))
+    } else if let Some(block) = block.downcast_ref::<[bf16; LANES]>() {
+        same_type(level.widen_bf16(block))
     } else if let Some(block) = block.downcast_ref::<Lanes<T::Param>>() {
         *block
-    } else if let Some(block) = block.downcast_ref::<[T; LANES]>() {
-        lanes(|i| block[i].to_param())
     } else {
-        unreachable!("a block is a block")
+        unreachable!("other elements are their own parameter type")
     }
 }
 
@@ -223,7 +235,7 @@ pub(super) fn narrow<S: Level, T: Element>(level: S, values: &Lanes<T::Param>) -
         same_type(level.narrow_f16(values))
     } else if T::DTYPE == crate::Dtype::Bf16 {
         let values = values.downcast_ref::<Lanes<f32>>().expect("bf16 is computed in f32");
-        same_type(values.map(bf16_from_f32))
+        same_type(level.narrow_bf16(values))
     } else {
         *values
             .downcast_ref::<[T; LANES]>()
@@ -273,6 +285,19 @@ impl Level for Portable {
 
     #[inline(always)]
     fn fence(self) {}
+}
+
+/// Ends a thread's run of streamed writes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fence;
+
+impl Kernel for Fence {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Level>(self, level: S) {
+        level.fence();
+    }
 }
 
 /// The best instruction set of this machine.

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::mem::{transmute_copy, zeroed};
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::{Kernel, LANES, Lanes, Level};
 use crate::element::{Element, Real};
@@ -72,6 +72,34 @@ fn pass_512_ps(values: __m512, y: __m512) -> __m512 {
 #[target_feature(enable = "avx512f")]
 fn pass_512_pd(values: __m512d, y: __m512d) -> __m512d {
     _mm512_maskz_mov_pd(_mm512_cmp_pd_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_pd()), values)
+}
+
+/// The bits of values rounded to `bf16`, to nearest even, in the lower halves. Not by the conversion of AVX512-BF16, which
+/// takes subnormal numbers for 0.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bf16_bits_256(values: __m256) -> __m256i {
+    // As `bf16_from_f32`, which says why.
+    let bits = _mm256_castps_si256(values);
+    let upper = _mm256_srli_epi32::<16>(bits);
+    let odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+    let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    let quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+    let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
+    _mm256_blendv_epi8(_mm256_srli_epi32::<16>(nearest), quiet, is_nan)
+}
+
+/// As [`bf16_bits_256`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn bf16_bits_512(values: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(values);
+    let upper = _mm512_srli_epi32::<16>(bits);
+    let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+    let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+    let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values);
+    _mm512_mask_mov_epi32(_mm512_srli_epi32::<16>(nearest), is_nan, quiet)
 }
 
 /// AVX2 with fused multiply-add and conversion of half precision.
@@ -147,6 +175,29 @@ impl Level for Avx2 {
             let high = _mm256_loadu_ps(lanes.as_ptr().add(LANES / 2));
             const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
             std::mem::transmute([_mm256_cvtps_ph::<NEAREST>(low), _mm256_cvtps_ph::<NEAREST>(high)])
+        }
+    }
+
+    #[inline(always)]
+    fn widen_bf16(self, block: &[bf16; LANES]) -> Lanes<f32> {
+        // SAFETY: as in `widen_f16`, with AVX2 instead of F16C.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(block.as_ptr().cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(block.as_ptr().add(LANES / 2).cast()));
+            std::mem::transmute([_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)])
+        }
+    }
+
+    #[inline(always)]
+    fn narrow_bf16(self, lanes: &Lanes<f32>) -> [bf16; LANES] {
+        // SAFETY: as in `widen_bf16`.
+        unsafe {
+            let low = bf16_bits_256(_mm256_loadu_ps(lanes.as_ptr()));
+            let high = bf16_bits_256(_mm256_loadu_ps(lanes.as_ptr().add(LANES / 2)));
+            // Packs the 128-bit halves apart from each other, so the two middle quarters must change places.
+            std::mem::transmute(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(
+                low, high,
+            )))
         }
     }
 
@@ -251,6 +302,24 @@ impl Level for Avx512 {
         unsafe {
             let lanes = _mm512_loadu_ps(lanes.as_ptr());
             std::mem::transmute(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(lanes))
+        }
+    }
+
+    #[inline(always)]
+    fn widen_bf16(self, block: &[bf16; LANES]) -> Lanes<f32> {
+        // SAFETY: as in `widen_f16`.
+        unsafe {
+            let block = _mm512_cvtepu16_epi32(_mm256_loadu_si256(block.as_ptr().cast()));
+            std::mem::transmute(_mm512_slli_epi32::<16>(block))
+        }
+    }
+
+    #[inline(always)]
+    fn narrow_bf16(self, lanes: &Lanes<f32>) -> [bf16; LANES] {
+        // SAFETY: as in `widen_f16`.
+        unsafe {
+            let bits = bf16_bits_512(_mm512_loadu_ps(lanes.as_ptr()));
+            std::mem::transmute(_mm512_cvtepi32_epi16(bits))
         }
     }
 
