@@ -10,7 +10,14 @@ use std::{env, fs};
 
 use sha2::{Digest, Sha256};
 
-const KERNELS: [&str; 4] = ["statistics", "apply", "backward_reduce", "backward_apply"];
+const KERNELS: [&str; 6] = [
+    "statistics",
+    "apply",
+    "backward_reduce",
+    "backward_apply",
+    "resident_forward",
+    "resident_backward",
+];
 
 fn main() {
     let folder = Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("kernels");

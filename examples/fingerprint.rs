@@ -4,12 +4,16 @@
 //!     cargo run --release --example fingerprint -- --stand-in h200 > stand-in.json
 //!     cargo run --release --example fingerprint > gpu.json          # on a machine with an H200
 //!
-//! Equal devices make equal plans, so every line must be equal. The shapes reach every walk of `kernels/tensor.cuh`, one and
-//! several splits, and every element type and epilogue.
+//! Every path that a plan may take is taken: the shapes reach every walk of `kernels/tensor.cuh`, one and several splits, and
+//! every element type and epilogue, on the general path and by every resident team. Equal devices make equal plans, so every
+//! result must be equal; beside the results there is the plan, for devices that differ.
+//!
+//! `--small` leaves out what is long under a checking tool: large shapes, and what differs by constants alone.
 
 use std::process::ExitCode;
 
 use batchnorm_cuda::cuda::DiskCache;
+use batchnorm_cuda::cuda::plan::{Choice, Operation, Plan, Problem, Team};
 use batchnorm_cuda::cudarc::driver::CudaContext;
 use batchnorm_cuda::half::{bf16, f16};
 use batchnorm_cuda::{
@@ -26,10 +30,14 @@ struct Arguments {
     /// Use the stand-in driver, with this device profile.
     #[arg(long)]
     stand_in: Option<String>,
+    /// Only a small case of each kernel.
+    #[arg(long)]
+    small: bool,
 }
 
 fn main() -> ExitCode {
-    match Arguments::parse().device().and_then(|cuda| fingerprints(&cuda)) {
+    let arguments = Arguments::parse();
+    match arguments.device().and_then(|cuda| fingerprints(&cuda, arguments.small)) {
         Ok(fingerprints) => {
             println!("{fingerprints:#}");
             ExitCode::SUCCESS
@@ -53,6 +61,9 @@ impl Arguments {
     }
 }
 
+/// Elements of the largest tensor that `--small` takes.
+const SMALL: usize = 8192;
+
 const SHAPES: [Shape; 7] = [
     Shape::nchw(4, 3, 8, 16),                    // planes
     Shape::nchw(3, 2, 9, 13),                    // planes with edges
@@ -63,22 +74,83 @@ const SHAPES: [Shape; 7] = [
     Shape::nchw(24, 24, 16, 16).channels_last(), // columns in several splits
 ];
 
-fn fingerprints(cuda: &Cuda) -> Result<Value> {
+/// The general path, and every team, by turns with both ways of copying.
+const CHOICES: [Choice; 7] = [
+    Choice::GENERAL,
+    Choice {
+        bulk: Some(false),
+        ..Choice::resident(Some(Team::Block))
+    },
+    Choice {
+        bulk: Some(true),
+        ..Choice::resident(Some(Team::Cluster(2)))
+    },
+    Choice {
+        bulk: Some(false),
+        ..Choice::resident(Some(Team::Cluster(4)))
+    },
+    Choice {
+        bulk: Some(true),
+        ..Choice::resident(Some(Team::Cluster(8)))
+    },
+    Choice {
+        bulk: Some(false),
+        ..Choice::resident(Some(Team::Cluster(16)))
+    },
+    Choice::resident(Some(Team::Grid)),
+];
+
+fn fingerprints(cuda: &Cuda, small: bool) -> Result<Value> {
     let mut cases = Map::new();
-    for shape in SHAPES {
-        for epilogue in Epilogue::ALL {
-            for dtype in Dtype::ALL {
-                let hashes = match dtype {
-                    Dtype::F16 => hashes::<f16>(cuda, shape, epilogue),
-                    Dtype::Bf16 => hashes::<bf16>(cuda, shape, epilogue),
-                    Dtype::F32 => hashes::<f32>(cuda, shape, epilogue),
-                    Dtype::F64 => hashes::<f64>(cuda, shape, epilogue),
-                }?;
-                cases.insert(format!("{shape} {dtype} {epilogue}"), hashes);
+    for (number, shape) in SHAPES.into_iter().enumerate() {
+        if small && shape.len()? > SMALL {
+            continue;
+        }
+        for (turn, choice) in CHOICES.into_iter().enumerate() {
+            for epilogue in Epilogue::ALL {
+                for (place, dtype) in Dtype::ALL.into_iter().enumerate() {
+                    // On the resident paths each type with one epilogue, another one each time; of a small run each
+                    // kernel with one type.
+                    let turn = number + turn;
+                    let in_turn = epilogue == Epilogue::ALL[(turn + place) % 3];
+                    if !(choice.general || in_turn) || (small && !(in_turn && place == turn % 4)) {
+                        continue;
+                    }
+                    let cuda = cuda.with_choice(choice);
+                    let plans = plans(&cuda, shape, epilogue, dtype)?;
+                    // Where no such team fits, the general path is taken, which was there before.
+                    if !choice.general && plans.iter().all(|plan| !plan.contains("resident")) {
+                        continue;
+                    }
+                    let hashes = match dtype {
+                        Dtype::F16 => hashes::<f16>(&cuda, shape, epilogue),
+                        Dtype::Bf16 => hashes::<bf16>(&cuda, shape, epilogue),
+                        Dtype::F32 => hashes::<f32>(&cuda, shape, epilogue),
+                        Dtype::F64 => hashes::<f64>(&cuda, shape, epilogue),
+                    }?;
+                    let case = json!({ "plans": plans, "results": hashes });
+                    cases.insert(format!("{shape} {dtype} {epilogue}, {choice}"), case);
+                }
             }
         }
     }
     Ok(json!({ "device": cuda.limits().name, "cases": cases }))
+}
+
+/// What runs: kernels, grids, splits.
+fn plans(cuda: &Cuda, shape: Shape, epilogue: Epilogue, dtype: Dtype) -> Result<Vec<String>> {
+    let mut plans = Vec::new();
+    for operation in Operation::ALL {
+        let problem = Problem::new(operation, shape, dtype).epilogue(epilogue);
+        for launch in Plan::chosen(&problem, cuda.limits(), cuda.choice())?.kernels {
+            let (block, splits) = (launch.block(), launch.tiling.splits);
+            plans.push(format!(
+                "{}, {} x {block}, {splits} splits",
+                launch.instantiation, launch.grid
+            ));
+        }
+    }
+    Ok(plans)
 }
 
 /// Numbers between -4 and 4 that no two tensors share.

@@ -1,15 +1,21 @@
 //! Prints what will run for a shape on a device: which kernels, with which launch shapes, moving how many bytes. No GPU is
-//! needed.
+//! needed. Times are modelled, not measured.
 //!
 //! ```text
+//! cargo run --example plan                              # every shape of ResNet-50, forward and backward
 //! cargo run --example plan -- --device h200 --shape 32x64x56x56 --element f16 --layout nchw --op train
+//! cargo run --example plan -- --shape 32x64x56x56 --candidates     # all legal ways, the fastest by the model first
+//! cargo run --example plan -- --shape 32x64x56x56 --team cluster4 --threads 512
 //! ```
+
+#[path = "../benches/shapes/mod.rs"]
+mod shapes;
 
 use std::process::ExitCode;
 
 use batchnorm_cuda::cuda::DeviceLimits;
-use batchnorm_cuda::cuda::plan::{KernelLaunch, Operation, Plan, Problem};
-use batchnorm_cuda::{Dtype, Epilogue, Layout, Shape};
+use batchnorm_cuda::cuda::plan::{Choice, KernelLaunch, Operation, Plan, Problem, Team};
+use batchnorm_cuda::{Dtype, Epilogue, Layout, Result, Shape};
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde_json::{Value, json};
@@ -22,9 +28,9 @@ struct Arguments {
     #[arg(long, default_value = "h200", value_parser = PossibleValuesParser::new(DeviceLimits::NAMES))]
     device: String,
 
-    /// N x C x H x W, whatever the layout: 32x64x56x56.
+    /// N x C x H x W, whatever the layout: 32x64x56x56. Without it, a table of ResNet-50's shapes.
     #[arg(long, value_parser = dimensions)]
-    shape: [usize; 4],
+    shape: Option<[usize; 4]>,
 
     /// What the tensors hold.
     #[arg(long, default_value = "f32", value_parser = named::<Dtype>(Dtype::ALL.map(Dtype::name)))]
@@ -42,29 +48,120 @@ struct Arguments {
     #[arg(long, default_value = "none", value_parser = named::<Epilogue>(Epilogue::ALL.map(Epilogue::name)))]
     epilogue: Epilogue,
 
-    /// Print JSON.
+    /// Take the general path, which reads its operands twice.
+    #[arg(long, conflicts_with_all = ["team", "threads", "stages", "bulk"])]
+    general: bool,
+
+    /// Take this team, where it can hold a strip: block, cluster2, cluster4, cluster8, cluster16 or grid.
     #[arg(long)]
+    team: Option<Team>,
+
+    /// Take blocks of so many threads on the resident path.
+    #[arg(long)]
+    threads: Option<u32>,
+
+    /// Take so many buffers per block on the resident path.
+    #[arg(long)]
+    stages: Option<u32>,
+
+    /// Take bulk copies, or none, on the resident path.
+    #[arg(long)]
+    bulk: Option<bool>,
+
+    /// List every legal way to run the pass, the fastest by the model first.
+    #[arg(long, requires = "shape", conflicts_with = "json")]
+    candidates: bool,
+
+    /// Print JSON.
+    #[arg(long, requires = "shape")]
     json: bool,
 }
 
-fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let [batch, channels, height, width] = arguments.shape;
-    let shape = Shape {
-        layout: arguments.layout,
-        ..Shape::nchw(batch, channels, height, width)
-    };
-    let limits = DeviceLimits::named(&arguments.device).expect("the parser lets only known names pass");
-    let problem = Problem::new(arguments.op, shape, arguments.element).epilogue(arguments.epilogue);
-    match Plan::new(&problem, &limits) {
-        Ok(plan) if arguments.json => println!("{:#}", to_json(&plan)),
-        Ok(plan) => println!("{plan}"),
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::FAILURE;
+impl Arguments {
+    fn choice(&self) -> Choice {
+        if self.general {
+            return Choice::GENERAL;
+        }
+        let Self {
+            team,
+            threads,
+            stages,
+            bulk,
+            ..
+        } = *self;
+        Choice {
+            resident: team.is_some() || threads.is_some() || stages.is_some() || bulk.is_some(),
+            threads,
+            stages,
+            bulk,
+            ..Choice::resident(team)
         }
     }
-    ExitCode::SUCCESS
+
+    fn problem(&self, operation: Operation, shape: Shape) -> Problem {
+        let shape = Shape {
+            layout: self.layout,
+            ..shape
+        };
+        Problem::new(operation, shape, self.element).epilogue(self.epilogue)
+    }
+}
+
+fn main() -> ExitCode {
+    match print(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(arguments: &Arguments) -> Result<()> {
+    let limits = DeviceLimits::named(&arguments.device).expect("the parser lets only known names pass");
+    let Some([batch, channels, height, width]) = arguments.shape else {
+        return print_table(arguments, &limits);
+    };
+    let problem = arguments.problem(arguments.op, Shape::nchw(batch, channels, height, width));
+    if arguments.candidates {
+        let mut plans = Plan::candidates(&problem, &limits)?;
+        plans.sort_by(|one, other| one.modelled_time().total_cmp(&other.modelled_time()));
+        println!("{} legal ways; modelled time, ratio to the fewest bytes, way", plans.len());
+        for plan in plans {
+            println!("{}", line(&plan));
+        }
+        return Ok(());
+    }
+    let plan = Plan::chosen(&problem, &limits, &arguments.choice())?;
+    if arguments.json {
+        println!("{:#}", to_json(&plan));
+    } else {
+        println!("{plan}");
+    }
+    Ok(())
+}
+
+/// Every shape of ResNet-50, forward and backward: what crosses memory, over the least that must.
+fn print_table(arguments: &Arguments, limits: &DeviceLimits) -> Result<()> {
+    println!(
+        "{}, {}, {}, epilogue {}; modelled time, ratio to the fewest bytes, way",
+        limits.name, arguments.element, arguments.layout.name(), arguments.epilogue
+    );
+    for batch in [32, 256] {
+        for shape in shapes::resnet_50().filter(|shape| shape.layout == Layout::Nchw) {
+            let shape = Shape { batch, ..shape };
+            for operation in [Operation::Train, Operation::Backward] {
+                let plan = Plan::chosen(&arguments.problem(operation, shape), limits, &arguments.choice())?;
+                println!("{:9} {:20} {}", operation.name(), shape.to_string(), line(&plan));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn line(plan: &Plan) -> String {
+    let (time, ratio) = (plan.modelled_time() * 1e-3, plan.traffic_ratio());
+    format!("{time:9.1} us  {ratio:.2}  {}", plan.choice())
 }
 
 fn to_json(plan: &Plan) -> Value {
@@ -76,7 +173,7 @@ fn to_json(plan: &Plan) -> Value {
         ..
     } = plan.problem;
     json!({
-        "device": plan.device,
+        "device": plan.limits.name,
         "op": operation.name(),
         "shape": [shape.batch, shape.channels, shape.height, shape.width],
         "layout": shape.layout.name(),
@@ -86,6 +183,8 @@ fn to_json(plan: &Plan) -> Value {
         "bytes": plan.traffic().bytes(),
         "minimum_bytes": plan.minimum_bytes(),
         "traffic_ratio": plan.traffic_ratio(),
+        "modelled_time_ns": plan.modelled_time(),
+        "choice": plan.choice().to_string(),
     })
 }
 
@@ -111,8 +210,8 @@ where
     PossibleValuesParser::new(names).try_map(|name| name.parse::<T>())
 }
 
-fn dimensions(text: &str) -> Result<[usize; 4], String> {
-    let numbers: Result<Vec<usize>, _> = text.split('x').map(str::parse).collect();
+fn dimensions(text: &str) -> std::result::Result<[usize; 4], String> {
+    let numbers: std::result::Result<Vec<usize>, _> = text.split('x').map(str::parse).collect();
     numbers
         .ok()
         .and_then(|numbers| numbers.try_into().ok())

@@ -11,18 +11,7 @@
 // Blocks take the tasks from the last to the first: what statistics.cu read last is still in the L2 cache.
 #include "epilogue.cuh"
 #include "normalise.cuh"
-
-// How the running statistics move.
-struct RunningUpdate {
-  Real* mean;  // absent: not at all
-  Real* variance;
-  i64* batches;
-  const Real* batch_variance;
-  const Real* cumulative;  // the factor, if the momentum is a cumulative average
-  double momentum;         // else
-  u64 skip_non_finite;
-  u64 values;  // per channel
-};
+#include "running.cuh"
 
 struct Arguments {
   const Element* x;
@@ -30,19 +19,10 @@ struct Arguments {
   Element* y;
   Normalisation normalisation;
   RunningUpdate update;
+  const Real* batch_variance;
+  const Real* cumulative;  // the factor, if the momentum is a cumulative average
   Tiling tiling;
 };
-
-// running = (1 - momentum) * running + momentum * batch, with the unbiased variance of the batch.
-DEVICE void update_running(const RunningUpdate& update, Index channel, Real batch_mean) {
-  const Real momentum = update.cumulative ? load_one(update.cumulative) : (Real)update.momentum;
-  const Real batch_variance = load_one(update.batch_variance + channel);
-  if (update.skip_non_finite && !(is_finite(batch_mean) && is_finite(batch_variance))) return;
-  const Real unbiased = batch_variance * divide_rn((Real)update.values, (Real)(update.values - 1));
-  const Real keep = Real(1) - momentum;
-  store_one(update.mean + channel, fma_rn(momentum, batch_mean, keep * load_one(update.mean + channel)));
-  store_one(update.variance + channel, fma_rn(momentum, unbiased, keep * load_one(update.variance + channel)));
-}
 
 KERNEL(apply, Arguments, THREADS) {
   const Tiling& tiling = arguments.tiling;
@@ -75,14 +55,15 @@ KERNEL(apply, Arguments, THREADS) {
       }
     }
 
-    if (arguments.update.mean && task.split == 0) {
-      for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS)
-        update_running(arguments.update, task.channel + channel,
-                       staged.at(Staged::PIVOT, channel) + staged.at(Staged::MEAN_OFFSET, channel));
-      if (task.strip == 0 && threadIdx.x == 0) {
-        i64* const batches = arguments.update.batches;
-        store_one(batches, load_one(batches) + 1);
+    const RunningUpdate& update = arguments.update;
+    if (update.mean && task.split == 0) {
+      for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
+        const Real momentum = arguments.cumulative ? load_one(arguments.cumulative) : (Real)update.momentum;
+        const Index c = task.channel + channel;
+        const Real mean = staged.at(Staged::PIVOT, channel) + staged.at(Staged::MEAN_OFFSET, channel);
+        update.move(c, mean, load_one(arguments.batch_variance + c), momentum);
       }
+      if (task.strip == 0 && threadIdx.x == 0) update.count_batch();
     }
     block_barrier();
   }

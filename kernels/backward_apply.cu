@@ -7,12 +7,14 @@
 //
 // By batch statistics it reads x and dy once (and y for the residual form) and writes dx once (and dz): 3T bytes, 5T
 // with a residual. By running statistics x is read only for the mask of a relu: 2T, 3T with relu, 4T with a residual.
-// Per task the strip's per-channel numbers.
+// Per task the strip's per-channel numbers. It is the last launch, so it writes the gradients at weight and bias too,
+// where they are wanted.
 //
 // Called by the launcher of backward passes. One block of THREADS threads per task; shared memory: Staged::ROWS + 2
 // numbers per channel of a strip. dx may lie over dy. Tasks are taken from the last to the first, as in apply.cu.
 #include "epilogue.cuh"
 #include "normalise.cuh"
+#include "sums.cuh"
 
 struct Arguments {
   const Element* x;
@@ -24,6 +26,7 @@ struct Arguments {
   const Real* sum;          // Σ g per channel
   const Real* sum_centred;  // Σ g * (x - mean) per channel
   u64 values;               // n
+  ParameterGradients gradients;
   Tiling tiling;
 };
 
@@ -39,13 +42,20 @@ KERNEL(backward_apply, Arguments, THREADS) {
     const Task task(tiling, tasks - 1 - number);
     for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
       staged.put(arguments.normalisation, task, channel);
-      if (BATCH_STATISTICS) {
-        // x̂ * Σ g x̂ / n = (x - mean) * slope: one invstd of x̂ each, never their product, which may overflow.
-        const Real values = (Real)arguments.values, invstd = staged.at(Staged::INVSTD, channel);
-        const Index c = task.channel + channel;
-        staged.at(MEAN_GRADIENT, channel) = divide_rn(load_one(arguments.sum + c), values);
-        staged.at(SLOPE, channel) = divide_rn(load_one(arguments.sum_centred + c) * invstd, values) * invstd;
+      const Real invstd = staged.at(Staged::INVSTD, channel);
+      const Index c = task.channel + channel;
+      const bool writes = arguments.gradients.weight && task.split == 0;
+      Real sum = Real(0), sum_centred = Real(0);
+      if (BATCH_STATISTICS || writes) {
+        sum = load_one(arguments.sum + c);
+        sum_centred = load_one(arguments.sum_centred + c);
       }
+      if (BATCH_STATISTICS) {
+        const Real values = (Real)arguments.values;
+        staged.at(MEAN_GRADIENT, channel) = divide_rn(sum, values);
+        staged.at(SLOPE, channel) = slope_of(sum_centred, invstd, values);
+      }
+      if (writes) arguments.gradients.write(c, sum, sum_centred, invstd);
     }
     block_barrier();
 

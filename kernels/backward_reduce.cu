@@ -2,8 +2,8 @@
 // gradient at y as far as the epilogue lets it pass.
 //
 // Reads x and dy once (and y for the residual form): 2T bytes, 3T with a residual; per task the strip's per-channel
-// numbers. Writes both sums per channel, and the gradients at weight and bias if they are wanted; with more than one
-// split also one partial result per channel and split, written and read once.
+// numbers. Writes both sums per channel, and, if it is the pass's last launch, the gradients at weight and bias; with
+// more than one split also one partial result per channel and split, written and read once.
 //
 // In evaluation the gradient at x does not depend on the sums: where both are wanted, this kernel alone writes dx = g *
 // invstd * weight, and dz = g, beside them (STORES_GRADIENT): T bytes more for each.
@@ -13,6 +13,7 @@
 #include "epilogue.cuh"
 #include "normalise.cuh"
 #include "reduce.cuh"
+#include "sums.cuh"
 
 struct Arguments {
   const Element* x;
@@ -24,50 +25,9 @@ struct Arguments {
   Partials partials;
   Real* sum;          // Σ g per channel
   Real* sum_centred;  // Σ g * (x - mean) per channel
-  Real* weight;       // gradient at weight; absent: not wanted
-  Real* bias;         // gradient at bias
-  u64 accumulate;     // add to them, instead of writing over them
+  ParameterGradients gradients;
   Tiling tiling;
 };
-
-// A sum with the rounding errors of its additions beside it (Møller 1965, Knuth's TwoSum).
-struct CompensatedSum {
-  Real value, error;
-
-  DEVICE CompensatedSum() : value(Real(0)), error(Real(0)) {}
-
-  DEVICE void add(Real x) {
-    const Real sum = value + x;
-    const Real taken = sum - value;
-    error = error + ((value - (sum - taken)) + (x - taken));
-    value = sum;
-  }
-
-  // Beside an infinity the error is NaN and says nothing.
-  DEVICE Real total() const { return is_finite(value) ? value + error : value; }
-};
-
-struct Sums {
-  enum { WEIGHTED = 0 };
-  Real gradient, centred;
-
-  DEVICE static Sums empty() { return from(0, Real(0), Real(0)); }
-  DEVICE static Sums merge(const Sums& a, const Sums& b) {
-    return from(0, a.gradient + b.gradient, a.centred + b.centred);
-  }
-  DEVICE Sums shuffled(int lanes) const { return from(0, shuffle_xor(gradient, lanes), shuffle_xor(centred, lanes)); }
-  DEVICE u64 weight() const { return 0; }
-  DEVICE Real first() const { return gradient; }
-  DEVICE Real second() const { return centred; }
-  DEVICE static Sums from(u64, Real first, Real second) {
-    const Sums sums = {first, second};
-    return sums;
-  }
-};
-
-DEVICE void write_gradient(Real* to, Real value, bool accumulate) {
-  store_one(to, accumulate ? load_one(to) + value : value);
-}
 
 KERNEL(backward_reduce, Arguments, THREADS) {
   const Tiling& tiling = arguments.tiling;
@@ -81,7 +41,7 @@ KERNEL(backward_reduce, Arguments, THREADS) {
 
     Walk walk(tiling, task, arguments.x);
     const Normaliser normaliser(staged, tiling, task, walk);
-    CompensatedSum gradient[LANES], centred[LANES];
+    ThreadSums found;
     while (!walk.done()) {
       Span spans[UNROLL];
       Pack x[UNROLL], y[UNROLL], dy[UNROLL];
@@ -92,9 +52,7 @@ KERNEL(backward_reduce, Arguments, THREADS) {
         dy[u] = load_span<Cached>(arguments.dy, spans[u]);
         if (HAS_RESIDUAL) y[u] = load_span<Cached>(arguments.y, spans[u]);
       }
-      Real sums[VECTOR], sums_centred[VECTOR];
-#pragma unroll
-      for (int e = 0; e < VECTOR; e++) sums[e] = sums_centred[e] = Real(0);
+      found.begin_chunk();
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) {
         Pack dx, dz;
@@ -104,8 +62,7 @@ KERNEL(backward_reduce, Arguments, THREADS) {
               HAS_RESIDUAL ? y[u].lane[e] : forward_epilogue(normaliser.normalised(x[u].lane[e], e), Element());
           const Real g = owns(spans[u], e) ? backward_epilogue(to_real(dy[u].lane[e]), seen) : Real(0);
           const Real distance = owns(spans[u], e) ? normaliser.centred(x[u].lane[e], e) : Real(0);
-          sums[e] = sums[e] + g;
-          sums_centred[e] = fma_rn(g, distance, sums_centred[e]);
+          found.add(e, g, distance);
           if (STORES_GRADIENT) {
             from_real(g * normaliser.scale[e], dx.lane[e]);
             from_real(g, dz.lane[e]);
@@ -116,27 +73,17 @@ KERNEL(backward_reduce, Arguments, THREADS) {
           if (HAS_RESIDUAL && arguments.dz) store_span(arguments.dz, spans[u], dz);
         }
       }
-      fold(sums);
-      fold(sums_centred);
-#pragma unroll
-      for (int lane = 0; lane < LANES; lane++) {
-        gradient[lane].add(sums[lane]);
-        centred[lane].add(sums_centred[lane]);
-      }
+      found.end_chunk();
     }
 
     Sums states[LANES];
-#pragma unroll
-    for (int lane = 0; lane < LANES; lane++)
-      states[lane] = Sums::from(0, gradient[lane].total(), centred[lane].total());
+    found.put_down(states);
     reduce_strip(tiling, task, states, exchange, arguments.partials, [&](u32 channel, const Sums& total) {
       const Index c = task.channel + channel;
       store_one(arguments.sum + c, total.gradient);
       store_one(arguments.sum_centred + c, total.centred);
-      if (arguments.weight) {
-        write_gradient(arguments.weight + c, total.centred * staged.at(Staged::INVSTD, channel), arguments.accumulate);
-        write_gradient(arguments.bias + c, total.gradient, arguments.accumulate);
-      }
+      if (arguments.gradients.weight)
+        arguments.gradients.write(c, total.gradient, total.centred, staged.at(Staged::INVSTD, channel));
     });
   }
 }

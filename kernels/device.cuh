@@ -1,4 +1,5 @@
-// Everything that only a GPU understands: intrinsics, inline PTX, cache hints, number conversion, barriers.
+// Everything that only a GPU understands: intrinsics, inline PTX, cache hints, number conversion, barriers, clusters,
+// asynchronous copies.
 //
 // The kernels use nothing device-specific beside this file and the built-in threadIdx, blockIdx, blockDim and gridDim.
 // So a second implementation of the same names is enough to run them on a host: under BATCHNORM_STAND_IN the stand-in
@@ -40,6 +41,16 @@ enum { WARP = 32 };  // threads that run in step
 // construction. THREADS is the block size the kernel was compiled for.
 #define KERNEL(name, Arguments, THREADS) \
   extern "C" __global__ void __launch_bounds__(THREADS, 2) name(const __grid_constant__ Arguments arguments)
+
+// A resident kernel: of its blocks, BLOCKS share a multiprocessor, and CLUSTER form a cluster (1: none).
+#if CLUSTER > 1
+#define CLUSTER_SHAPE __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTER_SHAPE
+#endif
+#define RESIDENT_KERNEL(name, Arguments)                                  \
+  extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(THREADS, BLOCKS) \
+      name(const __grid_constant__ Arguments arguments)
 
 // Dynamic shared memory, 16-byte aligned; its size comes with the launch.
 DEVICE u8* shared_memory() {
@@ -150,6 +161,24 @@ DEVICE void store_streaming(T* to, const Vector<T, N>& value) {
   __stcs((typename Word<(int)sizeof(T) * N>::type*)to, transfer.word);
 }
 
+// ---- shared memory -------------------------------------------------------------------------------------------------
+
+// Whole vectors of this block's shared memory, by one instruction each.
+template <int N, class T>
+DEVICE Vector<T, N> load_shared(const T* from) {
+  Transfer<T, N> transfer;
+  transfer.word = *(const typename Word<(int)sizeof(T) * N>::type*)from;
+  return transfer.vector;
+}
+template <int N, class T>
+DEVICE void store_shared(T* to, const Vector<T, N>& value) {
+  Transfer<T, N> transfer;
+  transfer.vector = value;
+  *(typename Word<(int)sizeof(T) * N>::type*)to = transfer.word;
+}
+
+DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
 // ---- threads of a warp, a block, the grid --------------------------------------------------------------------------
 
 // What the lane whose number differs in the bits of `lanes` holds. All 32 lanes take part.
@@ -171,5 +200,126 @@ DEVICE u32 arrive(u32* counter) {
                : "memory");
   return before;
 }
+
+// Waits until so many have arrived at the counter, and sees what they wrote before. Blocks that wait for each other must
+// all be running: a cooperative launch sees to it.
+DEVICE void await_arrivals(const u32* counter, u32 arrivals) {
+  u32 seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen < arrivals);
+}
+
+// ---- clusters ------------------------------------------------------------------------------------------------------
+
+#if CLUSTER > 1
+
+// A barrier of all threads of the cluster in two halves: what was written before arriving is seen after waiting.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+DEVICE void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// Where an object of shared memory lies in another block of the cluster: an address in the cluster's window.
+template <class T>
+struct Remote {
+  u32 address;
+};
+template <class T>
+DEVICE Remote<T> remote(const T* local, u32 rank) {
+  Remote<T> there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there.address) : "r"(shared_address(local)), "r"(rank));
+  return there;
+}
+template <int N, class T>
+DEVICE Vector<T, N> load_remote(Remote<T> from, u32 index) {
+  static_assert(sizeof(T) * N == 4 || sizeof(T) * N == 8, "as much as one or two registers hold");
+  Transfer<T, N> transfer;
+  const u32 address = from.address + index * (u32)sizeof(T);
+  if constexpr (sizeof(T) * N == 4) {
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(transfer.word) : "r"(address) : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(transfer.word.x), "=r"(transfer.word.y)
+                 : "r"(address)
+                 : "memory");
+  }
+  return transfer.vector;
+}
+
+#endif
+
+// ---- asynchronous copies -------------------------------------------------------------------------------------------
+
+// Starts this thread's copy of N elements from global to shared memory. They are there once the thread has waited, and
+// for other threads after a barrier behind that. Before compute capability 8.0, and for 2 bytes, it is an ordinary copy.
+template <int N, class T>
+DEVICE void copy_async(T* shared, const T* global) {
+  enum { BYTES = sizeof(T) * N };
+#if __CUDA_ARCH__ >= 800
+  if (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+    return;
+  }
+  if (BYTES == 4 || BYTES == 8) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global), "n"(BYTES == 8 ? 8 : 4)
+                 : "memory");
+    return;
+  }
+#endif
+  store_shared<N>(shared, load_last_use<N>(global));
+}
+// Closes a group: the copies that the thread started since the last one.
+DEVICE void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for all groups of the thread but the newest GROUPS.
+template <int GROUPS>
+DEVICE void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+#endif
+}
+
+#if BULK
+
+// An mbarrier lies in shared memory. A phase of it ends when all arrivals have come and all bytes announced with them
+// have been copied. One thread initialises it, and a block_barrier shows it to the others.
+DEVICE void mbarrier_init(u64* barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  // The copies that count at it are of the asynchronous proxy, which must see it too.
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+DEVICE void mbarrier_arrive(u64* barrier, u32 expected_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(expected_bytes)
+               : "memory");
+}
+// Waits for the end of the phase with this parity; the first phase has parity 0.
+DEVICE void mbarrier_wait(u64* barrier, u32 parity) {
+  u32 done;
+  do {
+    asm volatile(
+        "{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+// Starts a copy from global to shared memory; 16-byte aligned at both ends and in size. Its bytes count at the barrier.
+DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+// What this thread did to shared memory comes before the bulk copies that are started behind the next barrier.
+DEVICE void bulk_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#endif
 
 #endif

@@ -7,13 +7,15 @@
 #pragma once
 #include "tensor.cuh"
 
-// Room in global memory for one state per split and channel, channels adjacent, and one counter per strip, zero between
-// launches.
+// Room in global memory for one state per split and channel, channels adjacent (a grid team puts the total behind those
+// of its splits), and two counters per strip, zero between launches: blocks that have put down their results, and, of a
+// grid team, the total being there and blocks that have read it.
 struct Partials {
   u64* weight;
   Real* first;
   Real* second;
   u32* arrived;
+  u32* ready;
 };
 
 // Room in shared memory for one state per thread and lane.
@@ -52,46 +54,72 @@ DEVICE State reduce_team(State state, u32 team) {
   return state;
 }
 
-// Joins what the threads put into the exchange, per channel of the strip, and gives it to `take(channel, state)`, in
-// one thread for each channel.
-template <class State, class Take>
-DEVICE void reduce_block(const Tiling& tiling, const Task& task, const Exchange& exchange, Take take) {
+// Joins `parts` results per channel of the strip, which `get(part, channel)` finds, and gives what comes out to
+// `take(channel, state)`, in one thread for each channel.
+template <class State, class Get, class Take>
+DEVICE void join(const Tiling& tiling, const Task& task, u32 parts, Get get, Take take) {
   const u32 team = (u32)tiling.team, member = threadIdx.x % team, teams = THREADS / team;
-#if WALK_COLUMNS
-  const u32 width = (u32)tiling.width, inner = (u32)tiling.inner, members = THREADS / width * inner;
-#else
-  const u32 width = 1, inner = 1, members = THREADS;
-#endif
   for (u32 round = 0; round < task.channels; round += teams) {
     const u32 channel = round + threadIdx.x / team;
     State state = State::empty();
-    for (u32 k = member; k < members && channel < task.channels; k += team) {
-      const u32 position = channel * inner + k % inner;  // in the strip's row
-      const u32 thread = k / inner * width + position / LANES;
-      state = State::merge(state, exchange.get<State>(thread, position % LANES));
-    }
+    for (u32 part = member; part < parts && channel < task.channels; part += team)
+      state = State::merge(state, get(part, channel));
     state = reduce_team(state, team);
     if (member == 0 && channel < task.channels) take(channel, state);
   }
 }
 
-// Joins the splits' results per channel of the strip.
+// Joins what the threads of the block put into the exchange.
 template <class State, class Take>
-DEVICE void reduce_splits(const Tiling& tiling, const Task& task, const Partials& partials, Take take) {
-  const u32 team = (u32)tiling.team, member = threadIdx.x % team, teams = THREADS / team;
-  const u32 splits = (u32)tiling.splits;
-  for (u32 round = 0; round < task.channels; round += teams) {
-    const u32 channel = round + threadIdx.x / team;
-    State state = State::empty();
-    for (u32 split = member; split < splits && channel < task.channels; split += team) {
-      const Index at = split * (Index)tiling.channels + task.channel + channel;
-      state = State::merge(state, State::from(State::WEIGHTED ? load_coherent<1>(partials.weight + at).lane[0] : 0,
-                                              load_coherent<1>(partials.first + at).lane[0],
-                                              load_coherent<1>(partials.second + at).lane[0]));
-    }
-    state = reduce_team(state, team);
-    if (member == 0 && channel < task.channels) take(channel, state);
-  }
+DEVICE void join_threads(const Tiling& tiling, const Task& task, const Exchange& exchange, Take take) {
+#if WALK_COLUMNS
+  const u32 width = (u32)tiling.width, inner = (u32)tiling.inner, members = THREADS / width * inner;
+#else
+  const u32 width = 1, inner = 1, members = THREADS;
+#endif
+  const auto get = [&](u32 member, u32 channel) {
+    const u32 position = channel * inner + member % inner;  // in the strip's row
+    const u32 thread = member / inner * width + position / LANES;
+    return exchange.get<State>(thread, position % LANES);
+  };
+  join<State>(tiling, task, members, get, take);
+}
+
+// Where the blocks of a strip find each other's results for a channel.
+template <class State>
+DEVICE void put_split(const Tiling& tiling, const Task& task, const Partials& partials, Index split, u32 channel,
+                      const State& state) {
+  const Index at = split * (Index)tiling.channels + task.channel + channel;
+  if (State::WEIGHTED) store_one(partials.weight + at, state.weight());
+  store_one(partials.first + at, state.first());
+  store_one(partials.second + at, state.second());
+}
+template <class State>
+DEVICE State get_split(const Tiling& tiling, const Task& task, const Partials& partials, Index split, u32 channel) {
+  const Index at = split * (Index)tiling.channels + task.channel + channel;
+  return State::from(State::WEIGHTED ? load_coherent<1>(partials.weight + at).lane[0] : 0,
+                     load_coherent<1>(partials.first + at).lane[0], load_coherent<1>(partials.second + at).lane[0]);
+}
+
+// Joins what the blocks of the strip put into global memory.
+template <class State, class Take>
+DEVICE void join_splits(const Tiling& tiling, const Task& task, const Partials& partials, Take take) {
+  const auto get = [&](u32 split, u32 channel) { return get_split<State>(tiling, task, partials, split, channel); };
+  join<State>(tiling, task, (u32)tiling.splits, get, take);
+}
+
+// Puts this block's results down. Whether it is the last one of the strip to do so, and sees those of all others: the
+// same answer in all threads of the block.
+template <class State>
+DEVICE bool put_down_last(const Tiling& tiling, const Task& task, const Partials& partials, const Exchange& exchange) {
+  join_threads<State>(tiling, task, exchange, [&](u32 channel, const State& state) {
+    put_split(tiling, task, partials, task.split, channel, state);
+  });
+  block_barrier();
+  u32* const before = exchange.weight;
+  if (threadIdx.x == 0) *before = arrive(partials.arrived + task.strip);
+  block_barrier();
+  return *before == (u32)tiling.splits - 1;
 }
 
 // From the threads' states to `finish(channel of the strip, state)`, called once per channel: by this block if it is
@@ -104,23 +132,12 @@ DEVICE void reduce_strip(const Tiling& tiling, const Task& task, const State (&s
   exchange.put(states);
   block_barrier();
   if (tiling.splits == 1) {
-    reduce_block<State>(tiling, task, exchange, finish);
+    join_threads<State>(tiling, task, exchange, finish);
     block_barrier();
     return;
   }
-  const Index splits = (Index)tiling.splits;
-  reduce_block<State>(tiling, task, exchange, [&](u32 channel, const State& state) {
-    const Index at = task.split * (Index)tiling.channels + task.channel + channel;
-    if (State::WEIGHTED) store_one(partials.weight + at, state.weight());
-    store_one(partials.first + at, state.first());
-    store_one(partials.second + at, state.second());
-  });
-  block_barrier();
-  u32* const before = exchange.weight;
-  if (threadIdx.x == 0) *before = arrive(partials.arrived + task.strip);
-  block_barrier();
-  if (*before == splits - 1) {
-    reduce_splits<State>(tiling, task, partials, finish);
+  if (put_down_last<State>(tiling, task, partials, exchange)) {
+    join_splits<State>(tiling, task, partials, finish);
     if (threadIdx.x == 0) store_one(partials.arrived + task.strip, 0u);
   }
   block_barrier();

@@ -49,10 +49,11 @@ struct Tiling {
   u64 team;   // threads that reduce one channel together: a power of two up to a warp
 };
 
-// A vector's place, and which of its lanes the thread owns: [first, last).
+// A vector's place in memory and, counted in vectors, in the task's share; and which of its lanes the thread owns:
+// [first, last). Threads take places in the order of their numbers, so on chip neighbours lie side by side.
 struct Span {
   Index offset;
-  u32 first, last;
+  u32 place, first, last;
 };
 
 struct Task {
@@ -60,45 +61,65 @@ struct Task {
   Index channel;  // first of the strip
   u32 channels;   // of the strip
 
-  // Neighbouring blocks take neighbouring strips, so that together they stream through memory.
-  DEVICE Task(const Tiling& tiling, Index number)
-      : strip(number % (Index)tiling.strips),
-        split(number / (Index)tiling.strips),
-        channel(strip * (Index)tiling.strip_channels) {
+  DEVICE Task(const Tiling& tiling, Index strip, Index split)
+      : strip(strip), split(split), channel(strip * (Index)tiling.strip_channels) {
     const Index left = (Index)tiling.channels - channel;
     channels = (u32)(left < (Index)tiling.strip_channels ? left : (Index)tiling.strip_channels);
   }
+  // Neighbouring blocks take neighbouring strips, so that together they stream through memory.
+  DEVICE Task(const Tiling& tiling, Index number)
+      : Task(tiling, number % (Index)tiling.strips, number / (Index)tiling.strips) {}
 };
 
 DEVICE Index number_of_tasks(const Tiling& tiling) { return (Index)tiling.strips * (Index)tiling.splits; }
+
+// The work of a task, in the units of tiling.share: [begin, end) of the strip's vectors (planes) or rows (columns).
+struct Share {
+  Index begin, end;
+
+  // The last splits may have nothing to do.
+  DEVICE Share(const Tiling& tiling, const Task& task) {
+#if WALK_COLUMNS
+    const Index total = (Index)tiling.outer;
+#else
+    const Index total = (Index)tiling.outer * (Index)tiling.slots;
+#endif
+    const Index share = (Index)tiling.share;
+    begin = task.split * share < total ? task.split * share : total;
+    end = begin + share < total ? begin + share : total;
+  }
+};
 
 #if WALK_COLUMNS
 
 // A thread's way through a task: down one column of vectors.
 struct Walk {
   Index row, end, offset, step;
-  u32 rows_at_once, column;
+  u32 rows_at_once, column, place, place_step;
 
   DEVICE Walk(const Tiling& tiling, const Task& task, const Element*) {
     const u32 width = (u32)tiling.width;
     rows_at_once = THREADS / width;
     column = threadIdx.x % width;
     const u32 lane_row = threadIdx.x / width;
-    const Index begin = task.split * (Index)tiling.share;
-    end = begin + (Index)tiling.share < (Index)tiling.outer ? begin + (Index)tiling.share : (Index)tiling.outer;
+    const Share share(tiling, task);
+    end = share.end;
     const Index slot = task.strip * width + column;
     // Threads that are left over when rows are dealt out, and columns beyond the row's end, have nothing to do.
-    row = lane_row < rows_at_once && slot < (Index)tiling.slots ? begin + lane_row : end;
+    row = lane_row < rows_at_once && slot < (Index)tiling.slots ? share.begin + lane_row : end;
     offset = row * (Index)tiling.stride + slot * VECTOR;
     step = rows_at_once * (Index)tiling.stride;
+    place = threadIdx.x;
+    place_step = rows_at_once * width;
   }
 
   DEVICE bool done() const { return row >= end; }
 
   DEVICE Span next() {
-    const Span span = {offset, 0, row < end ? (u32)VECTOR : 0u};
+    const Span span = {offset, place, 0, row < end ? (u32)VECTOR : 0u};
     row += rows_at_once;
     offset += step;
+    place += place_step;
     return span;
   }
 
@@ -113,18 +134,17 @@ struct Walk {
   Index vector, end;             // of the channel
   Index slot, slots, slot_step;  // in the plane
   Index origin, origin_step, stride;
-  u32 inner_last;
   Index inner;
-  u32 base;
+  u32 base, place;
 
   DEVICE Walk(const Tiling& tiling, const Task& task, const Element* tensor) {
     slots = (Index)tiling.slots;
     stride = (Index)tiling.stride;
     inner = (Index)tiling.inner;
-    const Index total = (Index)tiling.outer * slots;
-    const Index begin = task.split * (Index)tiling.share;
-    end = begin + (Index)tiling.share < total ? begin + (Index)tiling.share : total;
-    vector = begin + threadIdx.x;
+    const Share share(tiling, task);
+    end = share.end;
+    vector = share.begin + threadIdx.x;
+    place = threadIdx.x;
     slot = vector % slots;
     origin = vector / slots * stride + task.channel * inner;
     slot_step = THREADS % slots;
@@ -137,7 +157,7 @@ struct Walk {
   DEVICE Span next() {
     Span span;
 #if EDGES
-    // Vectors lie where memory is aligned; the plane's first one may begin before the plane.
+    // Vectors lie where memory is aligned: the plane's first one may begin before the plane.
     const u32 phase = (base + (u32)origin) % VECTOR;
     const Index begin = slot * VECTOR;  // counted from the vector in which the plane begins
     span.offset = origin + begin - phase;
@@ -150,6 +170,8 @@ struct Walk {
     span.first = 0;
     span.last = vector < end ? (u32)VECTOR : 0u;
 #endif
+    span.place = place;
+    place += THREADS;
     vector += THREADS;
     slot += slot_step;
     origin += origin_step;
@@ -175,6 +197,7 @@ DEVICE bool owns(const Span& span, u32 e) {
 }
 
 DEVICE bool owns_all(const Span& span) { return span.first == 0 && span.last == VECTOR; }
+DEVICE bool owns_any(const Span& span) { return span.first < span.last; }
 
 // One number of a per-channel vector.
 template <class T>

@@ -8,6 +8,7 @@ use crate::config::BatchNorm2dConfig;
 use crate::element::{Element, Real};
 use crate::epilogue::Epilogue;
 use crate::error::{Error, Result};
+use crate::overwrite::{Change, overwrite};
 use crate::request::{Backward, Forward, Gradients};
 use crate::shape::Shape;
 
@@ -206,36 +207,39 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
             .transpose()
     }
 
-    /// Sets the running mean to 0, the running variance to 1 and the count of batches to 0, in place. Allocates.
+    /// Sets the running mean to 0, the running variance to 1 and the count of batches to 0, in place. All or nothing.
+    /// Allocates.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] and the driver's.
     pub fn reset_running_stats(&mut self) -> Result<()> {
-        let Some(running) = &mut self.running else {
-            return Ok(());
-        };
-        let channels = self.config.num_features;
-        let zeros = self.backend.zeros::<P>(channels)?;
-        let ones = self.backend.upload(&ones(channels)?)?;
-        let no_batches = self.backend.zeros::<i64>(1)?;
-        self.backend.copy(zeros.view(), running.mean.view_mut())?;
-        self.backend.copy(ones.view(), running.variance.view_mut())?;
-        self.backend.copy(no_batches.view(), running.batches.view_mut())
+        self.reset(false)
     }
 
-    /// Sets weight to 1 and bias to 0 in place, and resets the running statistics. Allocates.
+    /// Sets weight to 1 and bias to 0 in place, and resets the running statistics. All or nothing. Allocates.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] and the driver's.
     pub fn reset_parameters(&mut self) -> Result<()> {
-        if let Some(parameters) = &mut self.parameters {
-            let channels = self.config.num_features;
-            let zeros = self.backend.zeros::<P>(channels)?;
-            let ones = self.backend.upload(&ones(channels)?)?;
-            self.backend.copy(ones.view(), parameters.weight.view_mut())?;
-            self.backend.copy(zeros.view(), parameters.bias.view_mut())?;
+        self.reset(true)
+    }
+
+    fn reset(&mut self, parameters_too: bool) -> Result<()> {
+        let backend = &self.backend;
+        let channels = self.config.num_features;
+        let zeros = || backend.zeros::<P>(channels);
+        let ones = || backend.upload(&ones(channels)?);
+        let mut changes = Vec::new();
+        if let Some(parameters) = self.parameters.as_mut().filter(|_| parameters_too) {
+            changes.push(Change::boxed(backend, &mut parameters.weight, ones()?)?);
+            changes.push(Change::boxed(backend, &mut parameters.bias, zeros()?)?);
         }
-        self.reset_running_stats()
+        if let Some(running) = &mut self.running {
+            changes.push(Change::boxed(backend, &mut running.mean, zeros()?)?);
+            changes.push(Change::boxed(backend, &mut running.variance, ones()?)?);
+            changes.push(Change::boxed(backend, &mut running.batches, backend.zeros(1)?)?);
+        }
+        overwrite(&mut changes)
     }
 
     /// Compiles, loads and allocates what training and backward passes of `shape` need, so that they themselves do not.
@@ -579,12 +583,9 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         shape.len().map(|_| ())
     }
 
-    pub(crate) fn parameters_mut(&mut self) -> Option<&mut Parameters<B, P>> {
-        self.parameters.as_mut()
-    }
-
-    pub(crate) fn running_mut(&mut self) -> Option<&mut RunningStatistics<B, P>> {
-        self.running.as_mut()
+    /// Everything that a state dict is about.
+    pub(crate) fn buffers_mut(&mut self) -> (Option<&mut Parameters<B, P>>, Option<&mut RunningStatistics<B, P>>) {
+        (self.parameters.as_mut(), self.running.as_mut())
     }
 }
 

@@ -182,6 +182,12 @@
 //! same options, and lies where no other user can write. [`Cuda::compile_report`] tells what it has cost;
 //! [`cuda::compile_ahead`] compiles on a machine that has NVRTC but no GPU.
 //!
+//! # candle
+//!
+//! With the feature `candle` the module `candle` has a `BatchNorm2d` over candle's tensors, which takes the place of
+//! `candle_nn::BatchNorm` by one line; with the feature `candle-cuda` on GPUs too. It has its own documentation and a table
+//! of what is called what.
+//!
 //! # Threads and streams
 //!
 //! Everything is `Send` and `Sync`. Training takes the module by `&mut`, evaluation by `&`, so several threads may
@@ -206,16 +212,20 @@
 //! | [`Forward`], [`Backward`] | fused and in-place forms, choice of gradients |
 //! | [`StateDict`] | PyTorch's names, safetensors files |
 //! | [`Cpu`], [`Cuda`], [`Backend`] | the devices |
+//! | `candle` | the same for candle's tensors, with the feature `candle` |
 //! | [`cuda::plan`] | which kernels run for a shape on a device, and the bytes they move; needs no GPU |
 
 mod backend;
 mod batch_norm;
+#[cfg(feature = "candle")]
+pub mod candle;
 mod config;
 pub mod cpu;
 pub mod cuda;
 mod element;
 mod epilogue;
 mod error;
+mod overwrite;
 mod request;
 mod shape;
 mod state;

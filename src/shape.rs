@@ -88,12 +88,12 @@ impl Shape {
     /// # Errors
     /// [`Error::ShapeOverflow`] if the tensor is larger than any memory: of 2⁵² elements or more.
     pub fn len(&self) -> Result<usize> {
-        // No processor addresses that much, and sums of several tensors' bytes stay countable. A dimension of zero must not
-        // hide that the others overflow, so that every partial product can be trusted.
+        // No processor addresses that much, and sums of several tensors' bytes stay countable. A dimension of zero, whichever
+        // it is, must not hide that the others overflow, so that every partial product can be trusted.
         const ELEMENTS: u64 = 1 << 52;
-        [self.channels, self.height, self.width]
+        [self.batch, self.channels, self.height, self.width]
             .iter()
-            .try_fold(self.batch.max(1), |product, &size| product.checked_mul(size))
+            .try_fold(1usize, |product, &size| product.checked_mul(size.max(1)))
             .filter(|&elements| (elements as u64) < ELEMENTS && elements <= isize::MAX as usize / 8)
             .map(|_| self.batch * self.channels * self.height * self.width)
             .ok_or(Error::ShapeOverflow { shape: *self })

@@ -2,7 +2,8 @@
 //!
 //! Loading comes in three steps, so that nothing of a module changes unless all of it can: the file is read into a
 //! [`StateDict`], the dict is held against the module, and its values are brought to the device beside the module's own
-//! buffers. Only then are they copied over those, in place, because captured graphs and optimisers hold the addresses.
+//! buffers. Only then are they copied over those, in place, because captured graphs and optimisers hold the addresses; and if
+//! such a copy fails, those before it are undone.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -12,11 +13,12 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype as StoredDtype, TensorView, View};
 
-use crate::backend::{AsTensor, AsTensorMut, Backend};
+use crate::backend::{AsTensor, Backend};
 use crate::batch_norm::BatchNorm2d;
 use crate::config::BatchNorm2dConfig;
 use crate::element::{Dtype, Real};
 use crate::error::{Result, StateError};
+use crate::overwrite::{Change, overwrite};
 
 const WEIGHT: &str = "weight";
 const BIAS: &str = "bias";
@@ -236,18 +238,18 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
             .map(|batches| backend.upload(&[batches]))
             .transpose()?;
 
-        if let (Some(parameters), Some(weight), Some(bias)) = (self.parameters_mut(), weight, bias) {
-            backend.copy(weight.view(), parameters.weight.view_mut())?;
-            backend.copy(bias.view(), parameters.bias.view_mut())?;
+        let (parameters, running) = self.buffers_mut();
+        let mut changes = Vec::new();
+        if let (Some(parameters), Some(weight), Some(bias)) = (parameters, weight, bias) {
+            changes.push(Change::boxed(&backend, &mut parameters.weight, weight)?);
+            changes.push(Change::boxed(&backend, &mut parameters.bias, bias)?);
         }
-        if let (Some(running), Some(mean), Some(variance), Some(batches)) =
-            (self.running_mut(), mean, variance, batches)
-        {
-            backend.copy(mean.view(), running.mean.view_mut())?;
-            backend.copy(variance.view(), running.variance.view_mut())?;
-            backend.copy(batches.view(), running.batches.view_mut())?;
+        if let (Some(running), Some(mean), Some(variance), Some(batches)) = (running, mean, variance, batches) {
+            changes.push(Change::boxed(&backend, &mut running.mean, mean)?);
+            changes.push(Change::boxed(&backend, &mut running.variance, variance)?);
+            changes.push(Change::boxed(&backend, &mut running.batches, batches)?);
         }
-        Ok(())
+        overwrite(&mut changes)
     }
 }
 

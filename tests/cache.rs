@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use batchnorm_cuda::cuda::plan::Choice;
 use batchnorm_cuda::cuda::{CompileReport, DiskCache};
 use batchnorm_cuda::cudarc::driver::CudaContext;
 use batchnorm_cuda::{Backend, BatchNorm2d, BatchNorm2dConfig, Cuda, Element, Epilogue, Result, Shape};
@@ -99,14 +100,16 @@ fn each_context_loads_its_own_kernels() {
 
 #[test]
 fn only_what_is_used_is_compiled() {
-    let cuda = start(DiskCache::Off);
-    let bn: BatchNorm2d<Cuda> = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(3)).unwrap();
-    assert_eq!(cuda.compile_report().compiled, 0);
-    bn.prepare_eval::<f32>(SHAPE, Epilogue::Identity).unwrap();
-    assert_eq!(cuda.compile_report().compiled, 1);
-    // Statistics, apply (already there), backward reduce, backward apply.
-    bn.prepare::<f32>(SHAPE).unwrap();
-    assert_eq!(cuda.compile_report().compiled, 4);
+    // Beside apply, which evaluation has brought: statistics, backward reduce and backward apply; or forward and backward.
+    for (choice, compiled) in [(Choice::GENERAL, 4), (Choice::resident(None), 3)] {
+        let cuda = start(DiskCache::Off).with_choice(choice);
+        let bn: BatchNorm2d<Cuda> = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(3)).unwrap();
+        assert_eq!(cuda.compile_report().compiled, 0);
+        bn.prepare_eval::<f32>(SHAPE, Epilogue::Identity).unwrap();
+        assert_eq!(cuda.compile_report().compiled, 1);
+        bn.prepare::<f32>(SHAPE).unwrap();
+        assert_eq!(cuda.compile_report().compiled, compiled);
+    }
 }
 
 #[test]
@@ -190,6 +193,53 @@ fn a_kernel_the_driver_refuses_is_recompiled() {
     assert_eq!((report.compiled, report.from_disk), (1, 1));
 }
 
+/// Several programs that start at the same time, and again and again.
+#[test]
+fn processes_share_a_folder() {
+    const FOLDER: &str = "BATCHNORM_TEST_SHARED_FOLDER";
+    const ROUNDS: usize = 10;
+    let round = |folder: &Path, number: usize| DiskCache::Folder(folder.join(number.to_string()));
+    if let Some(folder) = std::env::var_os(FOLDER) {
+        for number in 0..ROUNDS {
+            let report = cost(&round(Path::new(&folder), number));
+            assert_eq!(report.compiled + report.from_disk, KERNELS);
+        }
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let processes: Vec<_> = (0..4)
+        .map(|_| {
+            std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "processes_share_a_folder"])
+                .env(FOLDER, folder.path())
+                .stdout(std::process::Stdio::piped())
+                .stderr(std::process::Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for process in processes {
+        let output = process.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
+    for number in 0..ROUNDS {
+        assert_eq!(files(&folder.path().join(number.to_string())).len(), KERNELS);
+        assert_from_disk(cost(&round(folder.path(), number)));
+    }
+}
+
+/// Not even the superuser can read a folder as if it were a file.
+#[test]
+fn what_cannot_be_read_costs_nothing_but_time() {
+    let (_folder, cache, file) = filled();
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    assert_compiled(cost(&cache));
+    assert_compiled(cost(&cache));
+    // Nothing half-made is left beside it.
+    assert_eq!(files(file.parent().unwrap()), [file]);
+}
+
 #[cfg(unix)]
 mod permissions {
     use std::os::unix::fs::PermissionsExt as _;
@@ -219,6 +269,35 @@ mod permissions {
         // It has been replaced by a private one.
         assert_eq!(mode(&file), 0o600);
         assert_from_disk(cost(&cache));
+    }
+
+    /// The superuser reads it all the same.
+    #[test]
+    fn a_file_that_must_not_be_read_is_recompiled() {
+        let (_folder, cache, file) = filled();
+        set_mode(&file, 0o000);
+        if fs::read(&file).is_ok() {
+            assert_from_disk(cost(&cache));
+        } else {
+            assert_compiled(cost(&cache));
+            // It has been replaced by one that can be read.
+            assert_from_disk(cost(&cache));
+        }
+    }
+
+    /// What is there is used; what is not is compiled, and kept only by the superuser, who writes all the same.
+    #[test]
+    fn a_read_only_folder_is_read() {
+        let (_folder, cache, file) = filled();
+        let folder = file.parent().unwrap();
+        set_mode(folder, 0o500);
+        let writable = tempfile::tempfile_in(folder).is_ok();
+        assert_from_disk(cost(&cache));
+        let cuda = start(cache.clone());
+        evaluate::<batchnorm_cuda::half::f16>(&cuda).unwrap();
+        assert_eq!(cuda.compile_report().compiled, 1);
+        assert_eq!(files(folder).len(), if writable { 2 } else { 1 });
+        set_mode(folder, 0o700);
     }
 
     #[test]

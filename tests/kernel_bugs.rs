@@ -2,8 +2,7 @@
 //! comparison with the float64 reference, must notice it by the check that is named for it here.
 //!
 //! A patch is a unified diff without line numbers, behind a line of prose. It is applied to the sources in memory, as
-//! they are given to NVRTC; one that does not apply any more fails the test. Bugs of clusters, bulk copies and grid
-//! barriers are seeded in the stand-in's own tests, for the crate has no such kernels.
+//! they are given to NVRTC; one that does not apply any more fails the test.
 
 #![cfg(target_os = "linux")]
 
@@ -12,6 +11,7 @@ mod common;
 use std::sync::Arc;
 
 use batchnorm_cuda::cuda::DiskCache;
+use batchnorm_cuda::cuda::plan::{Choice, Team};
 use batchnorm_cuda::cudarc::driver::CudaContext;
 use batchnorm_cuda::half::f16;
 use batchnorm_cuda::{Cuda, Element, Epilogue, Result, Shape};
@@ -31,6 +31,7 @@ const RACE: Check = Fault("race: ");
 const UNINITIALISED: Check = Fault("uninitialised: ");
 const BOUNDS: Check = Fault("out of bounds");
 const DEADLOCK: Check = Fault("deadlock in block");
+const IN_FLIGHT: Check = Fault("while a copy into it is in flight");
 
 /// On what a bug shows.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +50,50 @@ enum Tensor {
     ColumnSplits,
     /// Half precision.
     Half,
+    /// On chip, more strips than teams: a block for each strip, bulk copies, one stage.
+    BlockBulk,
+    /// A cluster for each strip, each thread's own copies, one stage.
+    ClusterOwn,
+    /// The same by bulk copies in two stages.
+    ClusterBulk,
+    /// A grid team for each strip, bulk copies in two stages.
+    GridBulk,
+    /// The same with several channels in a strip, and each thread's own copies.
+    GridColumns,
+}
+
+impl Tensor {
+    const ALL: [Tensor; 12] = [
+        Tensor::Planes,
+        Tensor::FewValues,
+        Tensor::Edges,
+        Tensor::Splits,
+        Tensor::Columns,
+        Tensor::ColumnSplits,
+        Tensor::Half,
+        Tensor::BlockBulk,
+        Tensor::ClusterOwn,
+        Tensor::ClusterBulk,
+        Tensor::GridBulk,
+        Tensor::GridColumns,
+    ];
+
+    /// The device, and the path that passes take on it.
+    fn device(self) -> (&'static str, Choice) {
+        let resident = |team, stages, bulk| Choice {
+            stages: Some(stages),
+            bulk: Some(bulk),
+            ..Choice::resident(Some(team))
+        };
+        match self {
+            Tensor::BlockBulk => ("small-90", resident(Team::Block, 1, true)),
+            Tensor::ClusterOwn => ("small-90", resident(Team::Cluster(2), 1, false)),
+            Tensor::ClusterBulk => ("small-90", resident(Team::Cluster(2), 2, true)),
+            Tensor::GridBulk => ("small-90", resident(Team::Grid, 2, true)),
+            Tensor::GridColumns => ("small-90", resident(Team::Grid, 1, false)),
+            _ => ("small-75", Choice::GENERAL),
+        }
+    }
 }
 
 macro_rules! bugs {
@@ -92,6 +137,23 @@ bugs! {
     misaligned_plane: Edges, Fault("misaligned");
     plane_begins_too_early: Edges, RACE;
     strip_too_long: Columns, BOUNDS;
+    cluster_exits_too_early: ClusterOwn, Fault("exits between cluster_arrive and cluster_wait");
+    peers_before_barrier: ClusterOwn, Fault("before any cluster barrier");
+    results_overwritten_for_peers: ClusterOwn, Fault("cluster_arrive twice without cluster_wait");
+    missing_mbarrier_wait: ClusterBulk, IN_FLIGHT;
+    wrong_parity: ClusterBulk, IN_FLIGHT;
+    missing_copy_wait: ClusterOwn, IN_FLIGHT;
+    copies_of_both_stages_awaited_as_one: ClusterOwn, IN_FLIGHT;
+    stage_reused_too_early: BlockBulk, RACE;
+    same_stage_for_the_next_strip: ClusterBulk, Fault("more arrivals at the mbarrier");
+    missing_bulk_fence: BlockBulk, Fault("without a bulk_fence");
+    bulk_bytes_short: BlockBulk, DEADLOCK;
+    grid_ready_not_reset: GridBulk, RACE;
+    grid_arrivals_not_reset: GridBulk, DEADLOCK;
+    grid_total_not_awaited: GridBulk, RACE;
+    total_announced_too_early: GridColumns, RACE;
+    outputs_of_all_blocks: ClusterOwn, RACE;
+    batch_counted_by_every_strip: BlockBulk, RACE;
 }
 
 /// The texts that a patch takes out and puts in.
@@ -107,14 +169,17 @@ fn parse(patch: &str) -> (String, String) {
 }
 
 /// A device that shares nothing with other tests: no compiled kernels, no memory.
-fn device() -> Cuda {
+fn device(tensor: Tensor) -> Cuda {
     emulator::install();
-    let ordinal = emulator::ordinal("small-75");
+    let (profile, choice) = tensor.device();
+    let ordinal = emulator::ordinal(profile);
     let raw = emulator::create_context(ordinal);
     // SAFETY: the context is live, of this device, and owned by nobody else.
     let context: Arc<CudaContext> =
         unsafe { CudaContext::from_raw_context(ordinal, ordinal as i32, raw.cast()) }.expect("a context");
-    Cuda::with_cache(context.new_stream().expect("a stream"), DiskCache::Off).expect("a device and NVRTC")
+    Cuda::with_cache(context.new_stream().expect("a stream"), DiskCache::Off)
+        .expect("a device and NVRTC")
+        .with_choice(choice)
 }
 
 /// A training step with gradients on a tensor.
@@ -132,6 +197,10 @@ fn step(device: &Cuda, tensor: Tensor) -> Result<f64> {
         Tensor::Columns => run::<f32>(device, Shape::nchw(5, 76, 5, 3).channels_last()),
         Tensor::ColumnSplits => run::<f32>(device, Shape::nchw(16, 24, 12, 12).channels_last()),
         Tensor::Half => run::<f16>(device, Shape::nchw(4, 3, 8, 16)),
+        Tensor::GridColumns => run::<f32>(device, Shape::nchw(8, 40, 3, 3)),
+        Tensor::BlockBulk | Tensor::ClusterOwn | Tensor::ClusterBulk | Tensor::GridBulk => {
+            run::<f32>(device, Shape::nchw(4, 40, 4, 8))
+        }
     }
 }
 
@@ -157,7 +226,7 @@ fn worst<T: Element>(case: &Case<T>, outcome: &Outcome<T>) -> f64 {
 fn find(name: &str) {
     let (_, patch, tensor, check) = BUGS.iter().find(|bug| bug.0 == name).expect("a bug of that name");
     let (taken_out, put_in) = parse(patch);
-    let device = device();
+    let device = device(*tensor);
     let patches = emulator::patch_sources(&[(&taken_out, &put_in)]);
     let result = step(&device, *tensor);
     let applied = patches.finish();
@@ -178,18 +247,14 @@ fn find(name: &str) {
 
 #[test]
 fn kernels_without_bugs_raise_nothing() {
-    let device = device();
-    for tensor in [
-        Tensor::Planes,
-        Tensor::FewValues,
-        Tensor::Edges,
-        Tensor::Splits,
-        Tensor::Columns,
-        Tensor::ColumnSplits,
-        Tensor::Half,
-    ] {
+    for tensor in Tensor::ALL {
+        let device = device(tensor);
         let worst = step(&device, tensor).unwrap_or_else(|error| panic!("{tensor:?}: {error}"));
         assert!(worst <= 1.0, "{tensor:?}: the worst error is {worst:.2} of the limit");
+        let launches = emulator::launches(device.stream().cu_stream());
+        let resident = launches.iter().filter(|launch| launch.kernel.starts_with("resident")).count();
+        let expected = if device.choice().resident { 2 } else { 0 };
+        assert_eq!(resident, expected, "{tensor:?}: {launches:?}");
     }
 }
 
@@ -209,7 +274,7 @@ fn every_patch_is_tried() {
 
 #[test]
 fn a_patch_that_does_not_apply_is_noticed() {
-    let device = device();
+    let device = device(Tensor::FewValues);
     let patches = emulator::patch_sources(&[("no kernel says this", "")]);
     step(&device, Tensor::FewValues).unwrap();
     assert_eq!(patches.finish(), 0);

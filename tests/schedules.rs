@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use batchnorm_cuda::cuda::Walk;
-use batchnorm_cuda::cuda::plan::{Operation, Plan, Problem};
+use batchnorm_cuda::cuda::plan::{Choice, Operation, Plan, Problem, Team};
 use batchnorm_cuda::half::f16;
 use batchnorm_cuda::{Cuda, Element, Epilogue, Momentum, Shape};
 use common::{Case, Form, Outcome, Random, assert_same_bits, run_as};
@@ -37,40 +37,87 @@ fn shapes() -> [Shape; 7] {
 
 fn device() -> Cuda {
     emulator::install();
-    common::cuda_device(emulator::ordinal("small-75"))
+    common::cuda_device(emulator::ordinal("small-75")).with_choice(Choice::GENERAL)
+}
+
+/// More strips than teams, so that stages and peers' results are used again: planes, groups of planes, pixels.
+fn resident_shapes() -> [Shape; 3] {
+    [
+        Shape::nchw(4, 14, 4, 8),
+        Shape::nchw(8, 30, 3, 3),
+        Shape::nchw(3, 40, 2, 5).channels_last(),
+    ]
+}
+
+/// A device with clusters, on which passes take the resident path: every team, with one stage and two, and both ways of
+/// copying.
+fn resident_devices() -> [Cuda; 6] {
+    emulator::install();
+    let device = common::cuda_device(emulator::ordinal("small-100"));
+    [
+        (Team::Block, 1, true),
+        (Team::Block, 2, false),
+        (Team::Cluster(2), 2, true),
+        (Team::Cluster(4), 1, false),
+        (Team::Grid, 2, true),
+        (Team::Grid, 1, false),
+    ]
+    .map(|(team, stages, bulk)| {
+        device.with_choice(Choice {
+            stages: Some(stages),
+            bulk: Some(bulk),
+            ..Choice::resident(Some(team))
+        })
+    })
 }
 
 /// A step whose results under the default schedule are known.
 struct Known<T: Element> {
+    device: Cuda,
     case: Case<T>,
     outcome: Outcome<T>,
 }
 
 impl<T: Element> Known<T> {
     /// Training and evaluation, every epilogue in turn, on every shape.
-    fn all(device: &Cuda) -> Vec<Self> {
+    fn all() -> Vec<Self> {
+        let mut known = Self::of(&device(), &shapes());
+        for device in resident_devices() {
+            // Evaluation has no resident path.
+            let steps = Self::of(&device, &resident_shapes());
+            known.extend(steps.into_iter().filter(|step| step.case.training));
+        }
+        known
+    }
+
+    fn of(device: &Cuda, shapes: &[Shape]) -> Vec<Self> {
         let mut random = Random::new(11);
         let mut known = Vec::new();
-        for (number, shape) in shapes().into_iter().enumerate() {
+        for (number, &shape) in shapes.iter().enumerate() {
             let mut case = Case::<T>::random(&mut random, shape, Epilogue::ALL[number % 3]);
             if number % 2 == 1 {
                 case.config = case.config.momentum(Momentum::CumulativeAverage);
             }
             for case in [case.clone(), case.evaluation()] {
                 let outcome = run_as(device, &case, &Form::default()).unwrap();
-                known.push(Self { case, outcome });
+                known.push(Self {
+                    device: device.clone(),
+                    case,
+                    outcome,
+                });
             }
         }
         known
     }
 
-    fn check(&self, device: &Cuda, seed: u64) {
+    fn check(&self, seed: u64) {
         emulator::set_schedule(Some(seed));
-        let outcome = run_as(device, &self.case, &Form::default());
+        let outcome = run_as(&self.device, &self.case, &Form::default());
         emulator::set_schedule(None);
         let what = |part: &str| {
             let Case { shape, training, .. } = &self.case;
-            format!("schedule {seed}, {shape}, {}, training: {training}: {part}", T::DTYPE)
+            let path = self.device.choice();
+            format!("schedule {seed}, {shape}, {}, {path}, training: {training}: {part}", T::DTYPE)
         };
         let outcome = outcome.unwrap_or_else(|error| {
             panic!(
@@ -128,8 +175,7 @@ fn results_do_not_depend_on_the_schedule() {
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, |count| count.get()) {
             scope.spawn(|| {
-                let device = device();
-                let (single, half) = (Known::<f32>::all(&device), Known::<f16>::all(&device));
+                let (single, half) = (Known::<f32>::all(), Known::<f16>::all());
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     if seed >= schedules {
@@ -138,9 +184,9 @@ fn results_do_not_depend_on_the_schedule() {
                     // Both types by turns, each over all of its steps.
                     let turn = (seed / 2) as usize;
                     if seed.is_multiple_of(2) {
-                        single[turn % single.len()].check(&device, seed);
+                        single[turn % single.len()].check(seed);
                     } else {
-                        half[turn % half.len()].check(&device, seed);
+                        half[turn % half.len()].check(seed);
                     }
                 }
             });
@@ -157,7 +203,7 @@ fn every_walk_is_shuffled() {
         .into_iter()
         .map(|shape| {
             let problem = Problem::new(Operation::Train, shape, f32::DTYPE);
-            let first = Plan::new(&problem, device.limits()).unwrap().kernels[0];
+            let first = Plan::chosen(&problem, device.limits(), device.choice()).unwrap().kernels[0];
             format!("{:?}, {}", first.instantiation.walk, first.tiling.splits > 1)
         })
         .collect();
@@ -166,5 +212,27 @@ fn every_walk_is_shuffled() {
             let wanted = format!("{walk:?}, {split}");
             assert!(reached.contains(&wanted), "{wanted} is not among {reached:?}");
         }
+    }
+}
+
+/// So do those of the resident path, each with more strips than teams.
+#[test]
+fn every_team_is_shuffled() {
+    for device in resident_devices() {
+        for shape in resident_shapes() {
+            for operation in [Operation::Train, Operation::Backward] {
+                for dtype in [f32::DTYPE, f16::DTYPE] {
+                    let problem = Problem::new(operation, shape, dtype);
+                    let plan = Plan::chosen(&problem, device.limits(), device.choice()).unwrap();
+                    assert!(plan.kernels[0].instantiation.resident.is_some(), "{plan}");
+                }
+            }
+        }
+        let laps = |shape| {
+            let problem = Problem::new(Operation::Train, shape, f32::DTYPE);
+            let launch = Plan::chosen(&problem, device.limits(), device.choice()).unwrap().kernels[0];
+            launch.tiling.tasks().div_ceil(u64::from(launch.grid))
+        };
+        assert!(resident_shapes().into_iter().any(|shape| laps(shape) > 1), "{}", device.choice());
     }
 }

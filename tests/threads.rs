@@ -15,12 +15,15 @@ on_every_device!(
     one_module_is_trained_by_one_thread_after_another,
 );
 
-const THREADS: usize = 4;
+/// Threads, each with a stream of its own: fewer where a stand-in runs all of their kernels on the host.
+fn threads<B: Device>() -> usize {
+    B::size(8, 4)
+}
 
 /// What a module, its gradients and its saved statistics must be for all this to compile.
 fn is_shared_between_threads<T: Send + Sync>() {}
 
-fn cases<T: Element>() -> Vec<Case<T>> {
+fn cases<T: Element>(count: usize) -> Vec<Case<T>> {
     let shapes = [
         Shape::nchw(3, 17, 5, 11),
         Shape::nchw(2, 24, 9, 7).channels_last(),
@@ -28,7 +31,7 @@ fn cases<T: Element>() -> Vec<Case<T>> {
         Shape::nchw(6, 5, 3, 3).channels_last(),
     ];
     let mut random = Random::new(1);
-    (0..2 * THREADS)
+    (0..count)
         .map(|i| {
             let case = Case::random(&mut random, shapes[i % 4], Epilogue::ALL[i % 3]);
             if i % 5 == 4 { case.evaluation() } else { case }
@@ -40,13 +43,14 @@ fn cases<T: Element>() -> Vec<Case<T>> {
 fn modules_on_threads_and_streams<B: Device>(device: &B) {
     is_shared_between_threads::<(B, BatchNorm2d<B>, Saved<B, f16>, Gradients<B, f32>)>();
     fn of<B: Device, T: Element>(device: &B) {
-        let cases = cases::<T>();
+        let threads = threads::<B>();
+        let cases = cases::<T>(2 * threads);
         let alone: Vec<Outcome<T>> = cases.iter().map(|case| run(device, case)).collect();
-        let start = Barrier::new(THREADS);
-        thread::scope(|threads| {
-            for number in 0..THREADS {
+        let start = Barrier::new(threads);
+        thread::scope(|scope| {
+            for number in 0..threads {
                 let (cases, alone, start) = (&cases, &alone, &start);
-                threads.spawn(move || {
+                scope.spawn(move || {
                     let device = device.with_own_stream();
                     start.wait();
                     for round in 0..3 {
@@ -68,7 +72,7 @@ fn modules_on_threads_and_streams<B: Device>(device: &B) {
 fn one_module_evaluates_on_many_threads<B: Device>(device: &B) {
     let shape = Shape::nchw(2, 12, 7, 9);
     let mut module = BatchNorm2d::<B>::new(device, BatchNorm2dConfig::new(12)).unwrap();
-    let cases: Vec<Case<f16>> = (0..THREADS as u64)
+    let cases: Vec<Case<f16>> = (0..threads::<B>() as u64)
         .map(|seed| {
             Case::random(&mut Random::new(seed), shape, Epilogue::Identity)
                 .evaluation()
@@ -84,7 +88,7 @@ fn one_module_evaluates_on_many_threads<B: Device>(device: &B) {
     });
     let alone: Vec<Vec<f16>> = alone.collect();
 
-    let (module, start) = (&module, &Barrier::new(THREADS));
+    let (module, start) = (&module, &Barrier::new(threads::<B>()));
     thread::scope(|threads| {
         for (case, alone) in cases.iter().zip(&alone) {
             threads.spawn(move || {
@@ -118,11 +122,11 @@ fn one_module_is_trained_by_one_thread_after_another<B: Device>(device: &B) {
         (module, saved)
     };
     let (mut here, mut there) = (new(), new());
-    for _ in 0..THREADS {
+    for _ in 0..threads::<B>() {
         here = train(here.0, here.1);
         there = thread::scope(|threads| threads.spawn(|| train(there.0, there.1)).join().unwrap());
     }
     assert_eq!(here.0.state_dict().unwrap(), there.0.state_dict().unwrap());
     assert_eq!(here.1.invstd().unwrap(), there.1.invstd().unwrap());
-    assert_eq!(here.0.num_batches_tracked().unwrap(), Some(7 + THREADS as i64));
+    assert_eq!(here.0.num_batches_tracked().unwrap(), Some(7 + threads::<B>() as i64));
 }

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use batchnorm_cuda::cuda::plan::{Alignment, Operation, Plan, Problem, Tracking};
+use batchnorm_cuda::cuda::plan::{Alignment, Choice, Operation, Plan, Problem, Team, Tracking};
 use batchnorm_cuda::cuda::{DiskCache, Walk};
 use batchnorm_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView};
 use batchnorm_cuda::half::f16;
@@ -15,9 +15,9 @@ use batchnorm_cuda::{
     Backend, Backward, BatchNorm2d, BatchNorm2dConfig, Cuda, Element, Epilogue, Forward, Momentum, Result, Shape,
 };
 
-/// A device of the stand-in with this profile, and a stream of its own.
+/// A device of the stand-in with this profile, a stream of its own, and the general path.
 fn device(profile: &str) -> Cuda {
-    on_stream(context(profile).new_stream().unwrap())
+    on_stream(context(profile).new_stream().unwrap()).with_choice(Choice::GENERAL)
 }
 
 fn context(profile: &str) -> Arc<CudaContext> {
@@ -62,7 +62,7 @@ impl<T: Element> Tensors<T> {
 
 /// Holds what the stand-in counted against the plan.
 fn assert_as_planned(cuda: &Cuda, problem: &Problem) {
-    let plan = Plan::new(problem, cuda.limits()).unwrap();
+    let plan = Plan::chosen(problem, cuda.limits(), cuda.choice()).unwrap();
     let counted = emulator::launches(cuda.stream().cu_stream());
     assert_eq!(counted.len(), plan.kernels.len(), "{plan}");
     for (launch, planned) in counted.iter().zip(&plan.kernels) {
@@ -70,6 +70,7 @@ fn assert_as_planned(cuda: &Cuda, problem: &Problem) {
         assert_eq!(launch.grid, [planned.grid, 1, 1], "{plan}");
         assert_eq!(launch.block, [planned.block(), 1, 1], "{plan}");
         assert_eq!(launch.shared_bytes, planned.shared_bytes, "{plan}");
+        assert_eq!(launch.cooperative, planned.is_cooperative(), "{plan}");
         assert_eq!(
             (launch.bytes_loaded, launch.bytes_stored),
             (planned.traffic.read, planned.traffic.written),
@@ -92,8 +93,7 @@ fn fused<'a, T: Element>(
 }
 
 /// Runs every kind of pass and counts each. `offset` moves all tensors that many elements.
-fn count_all_passes<T: Element>(profile: &str, shape: Shape, epilogue: Epilogue, offset: usize) -> Result<()> {
-    let cuda = device(profile);
+fn count_all_passes<T: Element>(cuda: Cuda, shape: Shape, epilogue: Epilogue, offset: usize) -> Result<()> {
     let mut tensors = Tensors::<T>::new(&cuda, shape, offset)?;
     let alignment = Alignment::of([(offset * size_of::<T>()) as u64]);
     let problem = |operation| Problem {
@@ -171,8 +171,9 @@ fn count_all_passes<T: Element>(profile: &str, shape: Shape, epilogue: Epilogue,
     Ok(())
 }
 
-fn count_shapes<T: Element>(profile: &str, epilogue: Epilogue) {
-    for (shape, offset) in [
+/// Shapes, each with the elements before the tensors in their buffers.
+fn shapes() -> [(Shape, usize); 8] {
+    [
         (Shape::nchw(4, 3, 8, 16), 0),                 // planes
         (Shape::nchw(3, 2, 9, 13), 0),                 // planes with edges
         (Shape::nchw(3, 2, 16, 16), 3),                // the same, for the address
@@ -181,9 +182,36 @@ fn count_shapes<T: Element>(profile: &str, epilogue: Epilogue) {
         (Shape::nchw(5, 3, 4, 3).channels_last(), 1),  // one element at a time
         (Shape::nchw(40, 2, 16, 16), 0),               // several splits on a small device
         (Shape::nchw(16, 24, 12, 12).channels_last(), 0),
-    ] {
-        count_all_passes::<T>(profile, shape, epilogue, offset).unwrap();
+    ]
+}
+
+fn count_shapes<T: Element>(profile: &str, epilogue: Epilogue) {
+    for (shape, offset) in shapes() {
+        count_all_passes::<T>(device(profile), shape, epilogue, offset).unwrap();
     }
+}
+
+/// The same on the resident path, by every team.
+fn count_resident<T: Element>(profile: &str, epilogue: Epilogue, bulk: bool) {
+    for (shape, offset) in shapes() {
+        for team in [Team::Block, Team::Cluster(4), Team::Grid] {
+            let choice = Choice {
+                bulk: Some(bulk),
+                ..Choice::resident(Some(team))
+            };
+            count_all_passes::<T>(device(profile).with_choice(choice), shape, epilogue, offset).unwrap();
+        }
+    }
+}
+
+#[test]
+fn bytes_of_the_resident_path_are_the_plans_f32() {
+    count_resident::<f32>("h200", Epilogue::Relu, true);
+}
+
+#[test]
+fn bytes_of_the_resident_path_are_the_plans_f16() {
+    count_resident::<f16>("small-90", Epilogue::AddRelu, false);
 }
 
 #[test]
@@ -202,7 +230,7 @@ fn bytes_are_the_plans_on_a_small_grid() {
     count_shapes::<f32>("small-grid", Epilogue::Relu);
     let limits = device("small-grid").limits().clone();
     let problem = Problem::new(Operation::Train, Shape::nchw(6, 16, 7, 7), batchnorm_cuda::Dtype::F32);
-    let launch = Plan::new(&problem, &limits).unwrap().kernels[0];
+    let launch = Plan::chosen(&problem, &limits, &Choice::GENERAL).unwrap().kernels[0];
     assert!(launch.tiling.tasks() > u64::from(launch.grid), "{launch:?}");
 }
 
@@ -211,16 +239,14 @@ fn bytes_are_the_plans_f64_relu() {
     count_shapes::<f64>("h200", Epilogue::Relu);
 }
 
-/// Bytes of x, y and so on, without vectors per channel: three times the tensor forward, two in evaluation, five backward.
-#[test]
-fn the_general_path_moves_3t_2t_5t() {
-    let shape = Shape::nchw(32, 8, 32, 32);
-    let cuda = device("h200");
-    let mut tensors = Tensors::<f32>::new(&cuda, shape, 0).unwrap();
-    let mut bn = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(8)).unwrap();
-    let mut saved = bn.prepare::<f32>(shape).unwrap();
+/// What a step moves, in units of a tensor: training, evaluation, backward. Vectors per channel are a small part of it.
+fn moved<T: Element>(cuda: &Cuda, shape: Shape, epilogue: Epilogue) -> [f64; 3] {
+    let mut tensors = Tensors::<T>::new(cuda, shape, 0).unwrap();
+    let mut bn: BatchNorm2d<Cuda, T::Param> =
+        BatchNorm2d::new(cuda, BatchNorm2dConfig::new(shape.channels)).unwrap();
+    let mut saved = bn.prepare_fused::<T>(shape, epilogue).unwrap();
     let mut gradients = bn.gradients().unwrap();
-    let tensor = (tensors.len * 4) as f64;
+    let tensor = (tensors.len * size_of::<T>()) as f64;
     let moved = || -> f64 {
         let launches = emulator::launches(cuda.stream().cu_stream());
         launches
@@ -230,18 +256,58 @@ fn the_general_path_moves_3t_2t_5t() {
             / tensor
     };
     moved();
-    bn.forward_train(&tensors.x, &mut tensors.y, &mut saved).unwrap();
-    let train = moved();
-    bn.forward_eval(shape, &tensors.x, &mut tensors.y).unwrap();
-    let evaluation = moved();
-    bn.backward(&tensors.x, &tensors.z, &mut saved, &mut tensors.dx, &mut gradients)
+    let Tensors { x, y, z, dx, dz, .. } = &mut tensors;
+    let z_view = z.as_view();
+    bn.forward_train_with(fused(Forward::new(&*x, y), &z_view, epilogue), &mut saved)
         .unwrap();
-    let backward = moved();
-    for (times, expected) in [(train, 3.0), (evaluation, 2.0), (backward, 5.0)] {
+    let train = moved();
+    bn.forward_eval_with(shape, fused(Forward::new(&*x, y), &z_view, epilogue))
+        .unwrap();
+    let evaluation = moved();
+    let y_view = y.as_view();
+    let mut backward = Backward::new(&*x, &*z).dx(dx).parameters(&mut gradients);
+    backward = match epilogue {
+        Epilogue::Identity => backward,
+        Epilogue::Relu => backward.relu(),
+        Epilogue::AddRelu => backward.add_relu(&y_view).dz(dz).unwrap(),
+    };
+    bn.backward_with(backward, &mut saved).unwrap();
+    [train, evaluation, moved()]
+}
+
+fn assert_moves(cuda: &Cuda, shape: Shape, epilogue: Epilogue, expected: [f64; 3]) {
+    let moved = moved::<f32>(cuda, shape, epilogue);
+    for (times, expected) in moved.into_iter().zip(expected) {
         assert!(
             (expected..expected * 1.02).contains(&times),
-            "{times} times the tensor, not {expected}"
+            "{moved:?} times the tensor, not {expected}, {epilogue}, {}",
+            cuda.choice()
         );
+    }
+}
+
+#[test]
+fn the_general_path_moves_3t_2t_5t() {
+    let shape = Shape::nchw(32, 8, 32, 32);
+    assert_moves(&device("h200"), shape, Epilogue::Identity, [3.0, 2.0, 5.0]);
+    assert_moves(&device("h200"), shape, Epilogue::AddRelu, [4.0, 3.0, 8.0]);
+}
+
+/// The fewest that are possible, and no team needs more. Each holds as much as it is for.
+#[test]
+fn the_resident_path_moves_2t_2t_3t() {
+    let (small, large) = (Shape::nchw(16, 8, 32, 32), Shape::nchw(64, 2, 56, 56));
+    for (team, shape) in [
+        (None, small),
+        (None, large),
+        (Some(Team::Block), small),
+        (Some(Team::Cluster(16)), large),
+        (Some(Team::Grid), large),
+    ] {
+        let cuda = device("h200").with_choice(Choice::resident(team));
+        assert_moves(&cuda, shape, Epilogue::Identity, [2.0, 2.0, 3.0]);
+        assert_moves(&cuda, shape, Epilogue::Relu, [2.0, 2.0, 3.0]);
+        assert_moves(&cuda, shape, Epilogue::AddRelu, [3.0, 3.0, 5.0]);
     }
 }
 
@@ -253,7 +319,7 @@ fn every_walk_is_counted() {
             alignment: Alignment::of([offset]),
             ..Problem::new(Operation::Train, shape, batchnorm_cuda::Dtype::F32)
         };
-        Plan::new(&problem, device("small-75").limits()).unwrap().kernels[0]
+        Plan::chosen(&problem, device("small-75").limits(), &Choice::GENERAL).unwrap().kernels[0]
     };
     assert_eq!(walk(Shape::nchw(4, 3, 8, 16), 0).instantiation.walk, Walk::Planes);
     assert_eq!(
@@ -273,6 +339,7 @@ fn passes_allocate_nothing_copy_nothing_and_do_not_wait() {
     let shape = Shape::nchw(4, 6, 8, 8);
     // With one stream in the context, cudarc has no events to record.
     let cuda = on_stream(context("h200").default_stream());
+    assert_eq!(cuda.choice(), &Choice::default());
     let mut tensors = Tensors::<f32>::new(&cuda, shape, 0).unwrap();
     let mut bn = BatchNorm2d::new(&cuda, BatchNorm2dConfig::new(6).momentum(None)).unwrap();
     let mut saved = bn.prepare::<f32>(shape).unwrap();
@@ -293,7 +360,7 @@ fn passes_allocate_nothing_copy_nothing_and_do_not_wait() {
     let after = emulator::thread_calls();
 
     let expected = emulator::Calls {
-        launches: before.launches + 7,
+        launches: before.launches + 5,
         ..before
     };
     assert_eq!(after, expected);

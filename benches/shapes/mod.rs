@@ -7,13 +7,16 @@ use batchnorm_cuda::{Element, Shape};
 const BATCH: usize = 32;
 
 /// Channels, and height and width, of ResNet-50's batch normalisations.
-const RESNET_50: [(usize, usize); 9] = [
+const RESNET_50: [(usize, usize); 12] = [
     (64, 112),
     (64, 56),
+    (128, 56),
     (256, 56),
     (128, 28),
+    (256, 28),
     (512, 28),
     (256, 14),
+    (512, 14),
     (1024, 14),
     (512, 7),
     (2048, 7),

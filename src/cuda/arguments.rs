@@ -15,6 +15,7 @@ pub(super) struct Partials {
     pub(super) first: CUdeviceptr,
     pub(super) second: CUdeviceptr,
     pub(super) arrived: CUdeviceptr,
+    pub(super) ready: CUdeviceptr,
 }
 
 /// `struct Normalisation` of `kernels/normalise.cuh`.
@@ -45,15 +46,13 @@ pub(super) struct Statistics {
     pub(super) tiling: Tiling,
 }
 
-/// `struct RunningUpdate` of `kernels/apply.cu`.
+/// `struct RunningUpdate` of `kernels/running.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct RunningUpdate {
     pub(super) mean: CUdeviceptr,
     pub(super) variance: CUdeviceptr,
     pub(super) batches: CUdeviceptr,
-    pub(super) batch_variance: CUdeviceptr,
-    pub(super) cumulative: CUdeviceptr,
     pub(super) momentum: f64,
     pub(super) skip_non_finite: u64,
     pub(super) values: u64,
@@ -68,10 +67,32 @@ pub(super) struct Apply {
     pub(super) y: CUdeviceptr,
     pub(super) normalisation: Normalisation,
     pub(super) update: RunningUpdate,
+    pub(super) batch_variance: CUdeviceptr,
+    pub(super) cumulative: CUdeviceptr,
     pub(super) tiling: Tiling,
 }
 
-/// The tensors with which `struct Arguments` begins in both kernels of the backward pass.
+/// `struct Arguments` of `kernels/resident_forward.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ResidentForward {
+    pub(super) x: CUdeviceptr,
+    pub(super) z: CUdeviceptr,
+    pub(super) y: CUdeviceptr,
+    pub(super) pivot: CUdeviceptr,
+    pub(super) mean_offset: CUdeviceptr,
+    pub(super) invstd: CUdeviceptr,
+    pub(super) weight: CUdeviceptr,
+    pub(super) bias: CUdeviceptr,
+    pub(super) update: RunningUpdate,
+    pub(super) cumulative: u64,
+    pub(super) finished: CUdeviceptr,
+    pub(super) partials: Partials,
+    pub(super) eps: f64,
+    pub(super) tiling: Tiling,
+}
+
+/// The tensors with which `struct Arguments` begins in all kernels of the backward pass.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BackwardTensors {
@@ -80,6 +101,15 @@ pub(super) struct BackwardTensors {
     pub(super) dy: CUdeviceptr,
     pub(super) dx: CUdeviceptr,
     pub(super) dz: CUdeviceptr,
+}
+
+/// `struct ParameterGradients` of `kernels/sums.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ParameterGradients {
+    pub(super) weight: CUdeviceptr,
+    pub(super) bias: CUdeviceptr,
+    pub(super) accumulate: u64,
 }
 
 /// `struct Arguments` of `kernels/backward_reduce.cu`.
@@ -91,9 +121,7 @@ pub(super) struct BackwardReduce {
     pub(super) partials: Partials,
     pub(super) sum: CUdeviceptr,
     pub(super) sum_centred: CUdeviceptr,
-    pub(super) weight: CUdeviceptr,
-    pub(super) bias: CUdeviceptr,
-    pub(super) accumulate: u64,
+    pub(super) gradients: ParameterGradients,
     pub(super) tiling: Tiling,
 }
 
@@ -106,6 +134,19 @@ pub(super) struct BackwardApply {
     pub(super) sum: CUdeviceptr,
     pub(super) sum_centred: CUdeviceptr,
     pub(super) values: u64,
+    pub(super) gradients: ParameterGradients,
+    pub(super) tiling: Tiling,
+}
+
+/// `struct Arguments` of `kernels/resident_backward.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ResidentBackward {
+    pub(super) tensors: BackwardTensors,
+    pub(super) normalisation: Normalisation,
+    pub(super) partials: Partials,
+    pub(super) gradients: ParameterGradients,
+    pub(super) values: u64,
     pub(super) tiling: Tiling,
 }
 
@@ -117,3 +158,7 @@ unsafe impl DeviceRepr for Apply {}
 unsafe impl DeviceRepr for BackwardReduce {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for BackwardApply {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for ResidentForward {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for ResidentBackward {}

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
+use cudarc::driver::sys::CUfunction_attribute_enum as FunctionAttribute;
 use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 
@@ -12,12 +13,15 @@ use super::compile::{Compiled, compile};
 use super::disk_cache::DiskCache;
 use super::driver_error::driver_error;
 use super::kernel::Instantiation;
-use super::limits::DeviceLimits;
-use super::plan::{Plan, Problem};
+use super::limits::{DeviceLimits, largest_cluster};
+use super::plan::{Choice, Plan, Problem, Resident};
 use crate::error::{OLDEST_ARCHITECTURE, Result, Unavailable};
 
 /// Plans kept per context. A program that meets more shapes than this plans some of them again.
 const PLANS_KEPT: usize = 1024;
+
+/// Blocks of a cluster that every device with clusters allows.
+const LARGEST_PORTABLE_CLUSTER: u32 = 8;
 
 /// What compiling and loading kernels has cost so far in a context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,26 +54,28 @@ pub(super) struct Device {
     pub(super) limits: DeviceLimits,
     cache: DiskCache,
     kernels: Mutex<HashMap<Instantiation, Slot>>,
-    prepared: RwLock<HashMap<Problem, Arc<Prepared>>>,
+    prepared: RwLock<HashMap<(Problem, Choice), Arc<Prepared>>>,
     report: Mutex<CompileReport>,
 }
 
 impl Device {
     /// The device of a context, shared with everyone who has asked for it before with the same cache.
     pub(super) fn shared(context: &Arc<CudaContext>, cache: &DiskCache) -> Result<Arc<Self>> {
-        static DEVICES: Mutex<Vec<Weak<Device>>> = Mutex::new(Vec::new());
+        static DEVICES: Mutex<Vec<(Weak<CudaContext>, Weak<Device>)>> = Mutex::new(Vec::new());
         let mut devices = lock(&DEVICES);
-        devices.retain(|device| device.strong_count() > 0);
-        // Contexts are told apart by address: two of one device compare equal, but do not order each other's work.
+        devices.retain(|(_, device)| device.strong_count() > 0);
+        // Contexts are told apart by address: two of one device compare equal, but do not order each other's work. Nobody
+        // else's device is held even for a moment, or this thread might be the last to hold it and have to unload it.
         let known = devices
             .iter()
-            .filter_map(Weak::upgrade)
-            .find(|device| Arc::ptr_eq(&device.context, context) && device.cache == *cache);
+            .filter(|(of, _)| std::ptr::eq(of.as_ptr(), Arc::as_ptr(context)))
+            .filter_map(|(_, device)| device.upgrade())
+            .find(|device| device.cache == *cache);
         match known {
             Some(device) => Ok(device),
             None => {
                 let device = Arc::new(Device::new(context, cache)?);
-                devices.push(Arc::downgrade(&device));
+                devices.push((Arc::downgrade(context), Arc::downgrade(&device)));
                 Ok(device)
             }
         }
@@ -99,16 +105,17 @@ impl Device {
     }
 
     /// The plan for a problem, with its kernels compiled and loaded.
-    pub(super) fn prepare(&self, problem: &Problem) -> Result<Arc<Prepared>> {
+    pub(super) fn prepare(&self, problem: &Problem, choice: &Choice) -> Result<Arc<Prepared>> {
+        let key = (*problem, *choice);
         if let Some(prepared) = self
             .prepared
             .read()
             .unwrap_or_else(PoisonError::into_inner)
-            .get(problem)
+            .get(&key)
         {
             return Ok(prepared.clone());
         }
-        let plan = Plan::new(problem, &self.limits)?;
+        let plan = Plan::chosen(problem, &self.limits, choice)?;
         let functions = plan
             .kernels
             .iter()
@@ -119,7 +126,7 @@ impl Device {
         if all.len() >= PLANS_KEPT {
             all.clear();
         }
-        all.insert(*problem, prepared.clone());
+        all.insert(key, prepared.clone());
         Ok(prepared)
     }
 
@@ -167,8 +174,28 @@ impl Device {
         let function = module
             .load_function(instantiation.kernel.name())
             .map_err(|error| driver_error("looking up a kernel", error))?;
+        if let Some(resident) = &instantiation.resident {
+            self.allow_resident(&function, resident)?;
+        }
         lock(&self.report).load_time += start.elapsed();
         Ok(function)
+    }
+}
+
+impl Device {
+    /// A resident kernel takes more shared memory than a block gets unasked, and its cluster may be larger than every device
+    /// allows.
+    fn allow_resident(&self, function: &CudaFunction, resident: &Resident) -> Result<()> {
+        let shared = self.limits.shared_memory_per_block as i32;
+        let mut attributes = vec![(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)];
+        if resident.team.cluster() > LARGEST_PORTABLE_CLUSTER {
+            attributes.push((FunctionAttribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1));
+        }
+        // Setting an attribute does not bind the context by itself.
+        self.context
+            .bind_to_thread()
+            .and_then(|()| attributes.into_iter().try_for_each(|(attribute, value)| function.set_attribute(attribute, value)))
+            .map_err(|error| driver_error("setting a kernel's attributes", error))
     }
 }
 
@@ -181,14 +208,27 @@ fn read_limits(context: &Arc<CudaContext>) -> Result<DeviceLimits> {
     };
     let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let architecture = major * 10 + minor;
+    let clusters = attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH)? != 0;
+    // In kHz and bits; memory moves data at both edges of its clock.
+    let memory_clock = u64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?) * 1000;
+    let memory_bus = u64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?) / 8;
     Ok(DeviceLimits {
         name: context
             .name()
             .map_err(|error| driver_error("reading the device's name", error))?,
-        architecture: major * 10 + minor,
+        architecture,
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         threads_per_multiprocessor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)?,
         shared_memory_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        shared_memory_per_multiprocessor: attribute(
+            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+        )?,
+        shared_memory_reserved_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK)?,
+        blocks_per_multiprocessor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR)?,
+        largest_cluster: largest_cluster(architecture, clusters),
+        cooperative_launch: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH)? != 0,
+        memory_bandwidth: 2 * memory_clock * memory_bus,
         l2_cache: u64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?),
         grid: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X)?,
     })
@@ -221,7 +261,7 @@ mod tests {
                 alignment: Alignment::FULL,
                 ..Problem::new(operation, shape, Dtype::F32)
             };
-            let mut plan = Plan::new(&problem, &cuda.device.limits).expect("a plan");
+            let mut plan = Plan::chosen(&problem, &cuda.device.limits, &cuda.choice).expect("a plan");
             for launch in &mut plan.kernels {
                 assert!(!launch.instantiation.wide_index);
                 launch.instantiation.wide_index = true;
@@ -232,7 +272,7 @@ mod tests {
                 .map(|launch| cuda.device.function(&launch.instantiation).expect("a kernel"))
                 .collect();
             let mut prepared = cuda.device.prepared.write().expect("no test has panicked here");
-            prepared.insert(problem, Arc::new(Prepared { plan, functions }));
+            prepared.insert((problem, cuda.choice), Arc::new(Prepared { plan, functions }));
         }
     }
 
@@ -276,7 +316,7 @@ mod tests {
         let cuda = cuda();
         let problem = |height| Problem::new(Operation::Eval, Shape::nchw(1, 1, height, 4), Dtype::F32);
         for height in 1..=PLANS_KEPT + 3 {
-            cuda.device.prepare(&problem(height)).unwrap();
+            cuda.device.prepare(&problem(height), &cuda.choice).unwrap();
         }
         let kept = cuda.device.prepared.read().unwrap().len();
         assert!((1..=PLANS_KEPT).contains(&kept), "{kept}");

@@ -48,3 +48,15 @@ pub(super) fn allocation_error(bytes: usize, error: DriverError) -> Error {
         driver_error("allocation", error)
     }
 }
+
+/// As [`driver_error`], where `cudarc` panicked because it could not make an event.
+pub(super) fn event_error(panic: &(dyn std::any::Any + Send)) -> Error {
+    /// `CUDA_ERROR_UNKNOWN`: the panic tells the code in words only.
+    const UNKNOWN: u32 = 999;
+    let text = panic.downcast_ref::<String>().map_or("unknown error", String::as_str);
+    Error::Driver {
+        call: "making an event",
+        code: UNKNOWN,
+        message: text.to_owned(),
+    }
+}

@@ -1,6 +1,8 @@
 //! The kernels and their instantiations: which source, and the constants it is compiled with.
 
+use super::resident::{self, Resident};
 use super::tiling::{self, Walk};
+use super::tuning;
 use crate::element::Dtype;
 use crate::epilogue::Epilogue;
 
@@ -27,15 +29,21 @@ pub enum Kernel {
     BackwardReduce,
     /// Gradient at the input.
     BackwardApply,
+    /// A whole forward pass by batch statistics, with each strip of channels held on chip.
+    ResidentForward,
+    /// A whole backward pass by batch statistics, likewise.
+    ResidentBackward,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 4] = [
+    pub const ALL: [Kernel; 6] = [
         Kernel::Statistics,
         Kernel::Apply,
         Kernel::BackwardReduce,
         Kernel::BackwardApply,
+        Kernel::ResidentForward,
+        Kernel::ResidentBackward,
     ];
 
     /// The name of the file under `kernels/`, and of the function in it.
@@ -45,6 +53,8 @@ impl Kernel {
             Kernel::Apply => "apply",
             Kernel::BackwardReduce => "backward_reduce",
             Kernel::BackwardApply => "backward_apply",
+            Kernel::ResidentForward => "resident_forward",
+            Kernel::ResidentBackward => "resident_backward",
         }
     }
 
@@ -53,8 +63,8 @@ impl Kernel {
         let residual = u64::from(epilogue == Epilogue::AddRelu);
         match self {
             Kernel::Statistics => 1,
-            Kernel::Apply => 1 + residual,
-            Kernel::BackwardReduce => 2 + residual,
+            Kernel::Apply | Kernel::ResidentForward => 1 + residual,
+            Kernel::BackwardReduce | Kernel::ResidentBackward => 2 + residual,
             // Without statistics x is needed only to compute a relu's mask again.
             Kernel::BackwardApply => 1 + residual + u64::from(batch_statistics || epilogue == Epilogue::Relu),
         }
@@ -70,9 +80,31 @@ impl Kernel {
         };
         match self {
             Kernel::Statistics => vec![(Epilogue::Identity, false, false)],
-            Kernel::Apply => each(&[(false, false)]),
+            Kernel::Apply | Kernel::ResidentForward | Kernel::ResidentBackward => each(&[(false, false)]),
             Kernel::BackwardReduce => each(&[(false, false), (true, false)]),
             Kernel::BackwardApply => each(&[(false, false), (false, true)]),
+        }
+    }
+
+    /// Block sizes, vectors under way, and what only resident kernels have.
+    fn launches(
+        self,
+        dtype: Dtype,
+        walk: Walk,
+        vector: u32,
+        epilogue: Epilogue,
+        batch_statistics: bool,
+    ) -> Vec<(u32, u32, Option<Resident>)> {
+        let tensors_read = self.tensors_read(epilogue, batch_statistics);
+        match self {
+            Kernel::ResidentForward | Kernel::ResidentBackward => {
+                let variants = resident::variants(self, dtype, walk, vector);
+                let unroll = resident::unroll(tensors_read);
+                variants.map(|(threads, resident)| (threads, unroll, Some(resident))).collect()
+            }
+            _ => tuning::BLOCK_SIZES
+                .map(|threads| (threads as u32, tiling::unroll(tensors_read), None))
+                .into(),
         }
     }
 
@@ -82,6 +114,8 @@ impl Kernel {
             Kernel::Apply => &sources::APPLY,
             Kernel::BackwardReduce => &sources::BACKWARD_REDUCE,
             Kernel::BackwardApply => &sources::BACKWARD_APPLY,
+            Kernel::ResidentForward => &sources::RESIDENT_FORWARD,
+            Kernel::ResidentBackward => &sources::RESIDENT_BACKWARD,
         }
     }
 }
@@ -109,6 +143,8 @@ pub struct Instantiation {
     pub stores_gradient: bool,
     /// Backward apply: whether the gradient flows through the statistics.
     pub batch_statistics: bool,
+    /// Resident kernels: how blocks work together.
+    pub resident: Option<Resident>,
 }
 
 impl Instantiation {
@@ -119,27 +155,37 @@ impl Instantiation {
             for (epilogue, stores_gradient, batch_statistics) in kernel.variants() {
                 for dtype in Dtype::ALL {
                     for (walk, vector) in walks(dtype) {
-                        for threads in tiling::BLOCK_SIZES {
-                            for wide_index in [false, true] {
-                                all.push(Instantiation {
-                                    kernel,
-                                    dtype,
-                                    walk,
-                                    vector,
-                                    unroll: tiling::unroll(kernel.tensors_read(epilogue, batch_statistics)),
-                                    threads: threads as u32,
-                                    wide_index,
-                                    epilogue,
-                                    stores_gradient,
-                                    batch_statistics,
-                                });
-                            }
+                        for (threads, unroll, resident) in kernel.launches(dtype, walk, vector, epilogue, batch_statistics) {
+                            all.extend([false, true].map(|wide_index| Instantiation {
+                                kernel,
+                                dtype,
+                                walk,
+                                vector,
+                                unroll,
+                                threads,
+                                wide_index,
+                                epilogue,
+                                stores_gradient,
+                                batch_statistics,
+                                resident,
+                            }));
                         }
                     }
                 }
             }
         }
         all
+    }
+
+    /// Whether devices of this compute capability, times ten, have what it is made of: clusters and bulk copies need 9.0.
+    pub fn runs_on(&self, architecture: u32) -> bool {
+        self.resident
+            .is_none_or(|resident| resident.runs_on(architecture))
+    }
+
+    /// The CUDA C++ that is compiled: the kernel's file and its headers in one text.
+    pub const fn source(&self) -> &'static str {
+        self.kernel.source().text
     }
 
     /// The compiler's options that make this instantiation of the source.
@@ -172,6 +218,9 @@ impl Instantiation {
             format!("-DSTORES_GRADIENT={}", u8::from(self.stores_gradient)),
             format!("-DBATCH_STATISTICS={}", u8::from(self.batch_statistics)),
         ]
+        .into_iter()
+        .chain(self.resident.iter().flat_map(Resident::definitions))
+        .collect()
     }
 }
 
@@ -190,12 +239,16 @@ impl std::fmt::Display for Instantiation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} <{}, {} x {}, {}>",
+            "{} <{}, {} x {}, {}",
             self.kernel.name(),
             self.walk.name(),
             self.vector,
             self.dtype,
             self.epilogue
-        )
+        )?;
+        if let Some(resident) = &self.resident {
+            write!(f, ", {resident}")?;
+        }
+        write!(f, ">")
     }
 }

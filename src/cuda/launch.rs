@@ -76,6 +76,8 @@ struct WorkspaceOperands<'a> {
     partial_first: Operand<'a>,
     partial_second: Operand<'a>,
     arrived: Operand<'a>,
+    ready: Operand<'a>,
+    finished: Operand<'a>,
     first: Operand<'a>,
     second: Operand<'a>,
     momentum: Operand<'a>,
@@ -88,6 +90,8 @@ impl<'a> WorkspaceOperands<'a> {
             partial_first: Operand::buffer_mut(&mut workspace.partial_first, stream),
             partial_second: Operand::buffer_mut(&mut workspace.partial_second, stream),
             arrived: Operand::buffer_mut(&mut workspace.arrived, stream),
+            ready: Operand::buffer_mut(&mut workspace.ready, stream),
+            finished: Operand::buffer_mut(&mut workspace.finished, stream),
             first: Operand::buffer_mut(&mut workspace.first, stream),
             second: Operand::buffer_mut(&mut workspace.second, stream),
             momentum: Operand::buffer_mut(&mut workspace.momentum, stream),
@@ -100,6 +104,7 @@ impl<'a> WorkspaceOperands<'a> {
             first: self.partial_first.address,
             second: self.partial_second.address,
             arrived: self.arrived.address,
+            ready: self.ready.address,
         }
     }
 }
@@ -136,7 +141,6 @@ impl ForwardOperands<'_> {
     fn apply(
         &self,
         normalisation: Normalisation,
-        update: arguments::RunningUpdate,
         launch: &KernelLaunch,
     ) -> arguments::Apply {
         arguments::Apply {
@@ -144,7 +148,9 @@ impl ForwardOperands<'_> {
             z: self.z.address,
             y: self.y.address,
             normalisation,
-            update,
+            update: arguments::RunningUpdate::default(),
+            batch_variance: 0,
+            cumulative: 0,
             tiling: launch.tiling,
         }
     }
@@ -191,10 +197,9 @@ impl Cuda {
             ForwardStatistics::Running { mean, variance } => {
                 let (mean, variance) = (Operand::read(&mean, stream), Operand::read(&variance, stream));
                 let normalisation = operands.normalisation(mean.address, 0, variance.address);
-                let prepared = self.device.prepare(&problem)?;
+                let prepared = self.device.prepare(&problem, &self.choice)?;
                 self.run(&prepared, |stream, function, launch| {
-                    let update = arguments::RunningUpdate::default();
-                    launch_kernel(stream, function, launch, &operands.apply(normalisation, update, launch))
+                    launch_kernel(stream, function, launch, &operands.apply(normalisation, launch))
                 })
             }
             ForwardStatistics::Batch {
@@ -238,17 +243,16 @@ impl Cuda {
             mean: running_mean.address,
             variance: running_variance.address,
             batches: batches.address,
-            batch_variance: workspace.first.address,
-            cumulative: if cumulative { workspace.momentum.address } else { 0 },
             momentum,
             skip_non_finite: u64::from(skip_non_finite),
             values: operands.problem.shape.values_per_channel()? as u64,
         };
-        let prepared = self.device.prepare(&Problem {
+        let problem = Problem {
             operation: Operation::Train,
             tracking,
             ..operands.problem
-        })?;
+        };
+        let prepared = self.device.prepare(&problem, &self.choice)?;
         self.run(&prepared, |stream, function, launch| {
             match launch.instantiation.kernel {
                 Kernel::Statistics => {
@@ -266,7 +270,34 @@ impl Cuda {
                     };
                     launch_kernel(stream, function, launch, &arguments)
                 }
-                _ => launch_kernel(stream, function, launch, &operands.apply(normalisation, update, launch)),
+                Kernel::ResidentForward => {
+                    let arguments = arguments::ResidentForward {
+                        x: operands.x(),
+                        z: operands.z.address,
+                        y: operands.y.address,
+                        pivot: pivot.address,
+                        mean_offset: mean_offset.address,
+                        invstd: invstd.address,
+                        weight: operands.weight.address,
+                        bias: operands.bias.address,
+                        update,
+                        cumulative: u64::from(cumulative),
+                        finished: workspace.finished.address,
+                        partials: workspace.partials(),
+                        eps: operands.eps,
+                        tiling: launch.tiling,
+                    };
+                    launch_kernel(stream, function, launch, &arguments)
+                }
+                _ => {
+                    let arguments = arguments::Apply {
+                        update,
+                        batch_variance: workspace.first.address,
+                        cumulative: if cumulative { workspace.momentum.address } else { 0 },
+                        ..operands.apply(normalisation, launch)
+                    };
+                    launch_kernel(stream, function, launch, &arguments)
+                }
             }
         })
     }
@@ -353,8 +384,18 @@ impl Cuda {
             dz: dz.address,
         };
         let values = shape.values_per_channel()? as u64;
-        let prepared = self.device.prepare(&problem)?;
+        let parameter_gradients = arguments::ParameterGradients {
+            weight: weight_gradient.address,
+            bias: bias_gradient.address,
+            accumulate: u64::from(accumulate),
+        };
+        let prepared = self.device.prepare(&problem, &self.choice)?;
         self.run(&prepared, |stream, function, launch| {
+            let gradients = if launch.writes_parameter_gradients {
+                parameter_gradients
+            } else {
+                arguments::ParameterGradients::default()
+            };
             match launch.instantiation.kernel {
                 Kernel::BackwardReduce => {
                     let arguments = arguments::BackwardReduce {
@@ -363,9 +404,18 @@ impl Cuda {
                         partials: workspace.partials(),
                         sum: workspace.first.address,
                         sum_centred: workspace.second.address,
-                        weight: weight_gradient.address,
-                        bias: bias_gradient.address,
-                        accumulate: u64::from(accumulate),
+                        gradients,
+                        tiling: launch.tiling,
+                    };
+                    launch_kernel(stream, function, launch, &arguments)
+                }
+                Kernel::ResidentBackward => {
+                    let arguments = arguments::ResidentBackward {
+                        tensors,
+                        normalisation,
+                        partials: workspace.partials(),
+                        gradients,
+                        values,
                         tiling: launch.tiling,
                     };
                     launch_kernel(stream, function, launch, &arguments)
@@ -377,6 +427,7 @@ impl Cuda {
                         sum: workspace.first.address,
                         sum_centred: workspace.second.address,
                         values,
+                        gradients,
                         tiling: launch.tiling,
                     };
                     launch_kernel(stream, function, launch, &arguments)
@@ -434,7 +485,15 @@ fn launch_kernel<A: DeviceRepr>(
     // are of buffers of this context that hold as many elements as the plan's shape has (the module has checked them, the
     // workspace was made for the shape), whose guards live until all launches of the pass are on the stream, and of which
     // the written ones are borrowed exclusively.
-    unsafe { stream.launch_builder(function).arg(arguments).launch(config) }
-        .map(|_events| ())
+    unsafe {
+        let mut builder = stream.launch_builder(function);
+        builder.arg(arguments);
+        if launch.is_cooperative() {
+            builder.launch_cooperative(config)
+        } else {
+            builder.launch(config)
+        }
+    }
+    .map(|_events| ())
         .map_err(|error| driver_error(launch.instantiation.kernel.name(), error))
 }

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `probe` | finds out whether there is a driver, a device, NVRTC |
 //! | `limits`, `kernel` | plain values: what a device can do, which kernels there are |
-//! | `tiling`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
+//! | `tiling`, `resident`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
+//! | `model`, `tuning` | how long a plan is believed to take; every number that was chosen and not derived |
 //! | `nvrtc`, `compile`, `disk_cache`, `device` | from source to a loaded kernel, once |
 //! | `workspace`, `arguments`, `launch` | carries a plan out on a stream |
 
@@ -16,16 +17,20 @@ mod driver_error;
 mod kernel;
 mod launch;
 mod limits;
+mod model;
 mod nvrtc;
 pub mod plan;
 mod probe;
+mod resident;
 mod tiling;
+mod tuning;
 mod workspace;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr, DeviceSlice, ValidAsZeroBits,
+    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr, DeviceSlice, ValidAsZeroBits, result,
 };
 
 pub use self::compile::{OPTIONS as COMPILE_OPTIONS, compile_ahead};
@@ -39,8 +44,8 @@ pub use self::workspace::Workspace;
 pub use crate::error::{OLDEST_ARCHITECTURE, Unavailable};
 
 use self::device::Device;
-use self::driver_error::{allocation_error, driver_error};
-use self::plan::{Alignment, Operation, Problem};
+use self::driver_error::{allocation_error, driver_error, event_error};
+use self::plan::{Alignment, Choice, Operation, Problem};
 use crate::backend::{AsTensor, AsTensorMut, Backend, BackwardPass, ForwardPass};
 use crate::element::{Element, Plain};
 use crate::epilogue::Epilogue;
@@ -55,6 +60,7 @@ use crate::shape::Shape;
 pub struct Cuda {
     device: Arc<Device>,
     stream: Arc<CudaStream>,
+    choice: Choice,
 }
 
 impl Cuda {
@@ -85,7 +91,22 @@ impl Cuda {
         Ok(Self {
             device: Device::shared(stream.context(), &cache)?,
             stream,
+            choice: Choice::default(),
         })
+    }
+
+    /// The same device and stream, with passes that take only the paths which the choice allows: for tests and for finding
+    /// out what is fastest. Whatever was prepared by a `Cuda` goes with the choice of that one.
+    pub fn with_choice(&self, choice: Choice) -> Self {
+        Self {
+            choice,
+            ..self.clone()
+        }
+    }
+
+    /// Which paths passes may take.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
     }
 
     /// The stream that everything is launched on.
@@ -103,21 +124,55 @@ impl Cuda {
         self.device.report()
     }
 
+    /// Zeros.
     fn allocate<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Result<CudaSlice<T>> {
         // The driver allocates no empty memory, so an empty buffer owns a place for one element that it does not show.
-        let allocated = len.max(1);
-        if allocated > isize::MAX as usize / size_of::<T>() {
-            return Err(Error::out_of_memory::<T>(allocated));
+        let mut buffer = self.reserve(len.max(1))?;
+        self.stream
+            .memset_zeros(&mut buffer)
+            .map_err(|error| driver_error("filling with zeros", error))?;
+        if len == buffer.len() {
+            Ok(buffer)
+        } else {
+            self.emptied(buffer)
         }
-        let buffer = self
-            .stream
-            .alloc_zeros(allocated)
-            .map_err(|error| allocation_error(allocated * size_of::<T>(), error))?;
-        if len == allocated {
-            return Ok(buffer);
+    }
+
+    /// Memory for `len` elements, at least one, to be written before it is read.
+    fn reserve<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>> {
+        if len > isize::MAX as usize / size_of::<T>() {
+            return Err(Error::out_of_memory::<T>(len));
         }
-        // SAFETY: the address is of memory that `buffer` owned and gives up here, and there is room for no elements at all.
-        Ok(unsafe { self.stream.upgrade_device_ptr(buffer.leak(), len) })
+        // SAFETY: the callers fill the memory before anyone sees it.
+        unsafe { self.stream.alloc(len) }.map_err(|error| allocation_error(len * size_of::<T>(), error))
+    }
+
+    /// A buffer of no elements that owns what this one owned.
+    fn emptied<T>(&self, buffer: CudaSlice<T>) -> Result<CudaSlice<T>> {
+        let (context, address) = (self.stream.context(), buffer.leak());
+        // An error of a call in `leak`, which cudarc keeps, comes out here rather than as the panic that is next.
+        let made = context
+            .check_err()
+            .map_err(|error| driver_error("making an event", error))
+            .and_then(|()| {
+                // cudarc gives a buffer two events, and where it can make none this function of it panics.
+                // SAFETY: the address is of memory that nobody owns any more, and there is room for no elements at all.
+                catch_unwind(AssertUnwindSafe(|| unsafe {
+                    self.stream.upgrade_device_ptr(address, 0)
+                }))
+                .map_err(|panic| event_error(&*panic))
+            });
+        if made.is_err() {
+            // SAFETY: nobody else has the address, and nothing was launched that reads it.
+            let _ = unsafe {
+                if context.has_async_alloc() {
+                    result::free_async(address, self.stream.cu_stream())
+                } else {
+                    result::free_sync(address)
+                }
+            };
+        }
+        made
     }
 
     fn check_context(&self, argument: &'static str, stream: &CudaStream) -> Result<()> {
@@ -140,6 +195,7 @@ impl std::fmt::Debug for Cuda {
             .field("device", &self.device.limits.name)
             .field("ordinal", &self.stream.context().ordinal())
             .field("context", &Arc::as_ptr(self.stream.context()))
+            .field("choice", &self.choice.to_string())
             .finish()
     }
 }
@@ -189,10 +245,10 @@ impl Backend for Cuda {
         if values.is_empty() {
             return self.allocate(0);
         }
-        let buffer = self
-            .stream
-            .clone_htod(values)
-            .map_err(|error| allocation_error(size_of_val(values), error))?;
+        let mut buffer = self.reserve(values.len())?;
+        self.stream
+            .memcpy_htod(values, &mut buffer)
+            .map_err(|error| driver_error("copying to the device", error))?;
         // The values may be gone before an asynchronous copy has read them.
         self.synchronize()?;
         Ok(buffer)
@@ -243,7 +299,7 @@ impl Backend for Cuda {
     }
 
     fn same_device(&self, other: &Self) -> bool {
-        Arc::ptr_eq(self.stream.context(), other.stream.context())
+        Arc::ptr_eq(self.stream.context(), other.stream.context()) && self.choice == other.choice
     }
 
     fn prepare<T: Element>(&self, shape: Shape, epilogue: Epilogue) -> Result<Workspace<T>> {
@@ -282,6 +338,6 @@ impl Cuda {
             alignment: Alignment::FULL,
             ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
         };
-        self.device.prepare(&problem).map(|_| ())
+        self.device.prepare(&problem, &self.choice).map(|_| ())
     }
 }

@@ -45,6 +45,7 @@ pub(super) struct Nvrtc {
 
 /// A pair of functions that give the size of something and the thing.
 struct Output {
+    size_name: &'static str,
     name: &'static str,
     size: unsafe extern "C" fn(ProgramHandle, *mut usize) -> Status,
     get: unsafe extern "C" fn(ProgramHandle, *mut c_char) -> Status,
@@ -102,11 +103,12 @@ impl Nvrtc {
         let library: &'static Library = Box::leak(Box::new(unsafe { Library::new(name) }.ok()?));
         // SAFETY: each function is asked for by its name in `nvrtc.h` with its signature there.
         unsafe {
-            let output = |name, size, get| {
+            let output = |name, size_name| {
                 Some(Output {
+                    size_name,
                     name,
-                    size: symbol(library, size)?,
-                    get: symbol(library, get)?,
+                    size: symbol(library, size_name)?,
+                    get: symbol(library, name)?,
                 })
             };
             Some(Self {
@@ -117,9 +119,9 @@ impl Nvrtc {
                 create_program: symbol(library, "nvrtcCreateProgram")?,
                 destroy_program: symbol(library, "nvrtcDestroyProgram")?,
                 compile_program: symbol(library, "nvrtcCompileProgram")?,
-                cubin: output("nvrtcGetCUBIN", "nvrtcGetCUBINSize", "nvrtcGetCUBIN")?,
-                ptx: output("nvrtcGetPTX", "nvrtcGetPTXSize", "nvrtcGetPTX")?,
-                log: output("nvrtcGetProgramLog", "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")?,
+                cubin: output("nvrtcGetCUBIN", "nvrtcGetCUBINSize")?,
+                ptx: output("nvrtcGetPTX", "nvrtcGetPTXSize")?,
+                log: output("nvrtcGetProgramLog", "nvrtcGetProgramLogSize")?,
             })
         }
     }
@@ -221,7 +223,7 @@ impl<'a> Program<'a> {
         let mut size = 0;
         // SAFETY: the program is alive; the pointer is valid for a write.
         let status = unsafe { (output.size)(self.handle, &mut size) };
-        self.nvrtc.check(output.name, status)?;
+        self.nvrtc.check(output.size_name, status)?;
         let mut bytes = vec![0; size];
         // SAFETY: the buffer has the size that NVRTC asked for.
         let status = unsafe { (output.get)(self.handle, bytes.as_mut_ptr().cast()) };

@@ -4,7 +4,7 @@
 //! the only source of launch shapes: the launcher decides nothing.
 //!
 //! ```
-//! use batchnorm_cuda::cuda::plan::{Operation, Plan, Problem};
+//! use batchnorm_cuda::cuda::plan::{Choice, Operation, Plan, Problem};
 //! use batchnorm_cuda::cuda::DeviceLimits;
 //! use batchnorm_cuda::{Dtype, Shape};
 //!
@@ -12,15 +12,23 @@
 //! let problem = Problem::new(Operation::Train, Shape::nchw(32, 64, 56, 56), Dtype::F16);
 //! let plan = Plan::new(&problem, &DeviceLimits::named("h200").unwrap())?;
 //! println!("{plan}");
-//! assert_eq!(plan.traffic_ratio(), 1.5); // x is read twice: once for its statistics, once to be normalised
+//! assert_eq!(plan.traffic_ratio(), 1.0); // x is read once and y written once: no implementation can do with less
+//!
+//! let general = Plan::chosen(&problem, &DeviceLimits::named("h200").unwrap(), &Choice::GENERAL)?;
+//! assert_eq!(general.traffic_ratio(), 1.5); // x is read twice: once for its statistics, once to be normalised
 //! # Ok(())
 //! # }
 //! ```
 
 use super::kernel::{Instantiation, Kernel};
 use super::limits::DeviceLimits;
+use super::model;
+pub use super::resident::{Resident, Team};
+use super::resident::{self, Candidate, STAGED_NUMBERS};
 use super::tiling::{self, Demand};
 pub use super::tiling::{Alignment, Tiling};
+use super::tuning;
+pub use super::tuning::Costs;
 use crate::element::Dtype;
 use crate::epilogue::Epilogue;
 use crate::error::{Error, Result};
@@ -204,6 +212,9 @@ pub struct KernelLaunch {
     pub grid: u32,
     /// Bytes of dynamic shared memory per block.
     pub shared_bytes: u32,
+    /// Whether the gradients at weight and bias come of it: of the last launch, so that a failure before it leaves them as
+    /// they were.
+    pub writes_parameter_gradients: bool,
     /// How the tensor is cut up.
     pub tiling: Tiling,
     /// Bytes it moves.
@@ -214,6 +225,11 @@ impl KernelLaunch {
     /// Threads per block.
     pub fn block(&self) -> u32 {
         self.instantiation.threads
+    }
+
+    /// Whether its blocks wait for each other, so that all of them must run at the same time.
+    pub fn is_cooperative(&self) -> bool {
+        matches!(&self.instantiation.resident, Some(resident) if resident.team == Team::Grid)
     }
 }
 
@@ -247,38 +263,195 @@ impl std::ops::Add for Traffic {
     }
 }
 
+/// Which of the legal ways to run a pass may be taken: the default is any. Of those that fit, the one with the smallest
+/// modelled time is.
+///
+/// A pass that has no resident candidate which fits takes the general path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Choice {
+    /// Only the general path, two launches of which the second reads its operands again.
+    pub general: bool,
+    /// Only the resident path, if it can be.
+    pub resident: bool,
+    /// Resident: only this team.
+    pub team: Option<Team>,
+    /// Resident: only this block size.
+    pub threads: Option<u32>,
+    /// Resident: only so many buffers per block.
+    pub stages: Option<u32>,
+    /// Resident: only with, or only without, bulk copies.
+    pub bulk: Option<bool>,
+    /// Resident: only so many elements per vector.
+    pub vector: Option<u32>,
+    /// Resident: only strips so many vectors wide.
+    pub width: Option<u64>,
+    /// Resident: only so many blocks per team.
+    pub splits: Option<u64>,
+    /// Resident: only so many blocks.
+    pub grid: Option<u32>,
+}
+
+impl Choice {
+    /// The general path.
+    pub const GENERAL: Choice = Choice {
+        general: true,
+        resident: false,
+        ..Choice::resident(None)
+    };
+
+    /// The resident path, by this team or any.
+    pub const fn resident(team: Option<Team>) -> Self {
+        Choice {
+            general: false,
+            resident: true,
+            team,
+            threads: None,
+            stages: None,
+            bulk: None,
+            vector: None,
+            width: None,
+            splits: None,
+            grid: None,
+        }
+    }
+
+    fn allows(&self, candidate: &Candidate) -> bool {
+        fn fits<T: PartialEq>(wanted: Option<T>, value: T) -> bool {
+            wanted.is_none_or(|wanted| wanted == value)
+        }
+        let Resident { team, stages, bulk, .. } = candidate.resident;
+        !self.general
+            && fits(self.team, team)
+            && fits(self.threads, candidate.threads)
+            && fits(self.stages, stages)
+            && fits(self.bulk, bulk)
+            && fits(self.vector, candidate.vector)
+            && fits(self.width, candidate.tiling.width)
+            && fits(self.splits, candidate.tiling.splits)
+            && fits(self.grid, candidate.grid)
+    }
+}
+
+impl std::fmt::Display for Choice {
+    /// What is asked for, in a few words: `any`, `general`, `cluster4, 512 threads, 2 stages`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.general {
+            return f.write_str("general");
+        }
+        let words = [
+            self.team.map(|team| team.to_string()),
+            self.splits.map(|splits| format!("{splits} blocks per team")),
+            self.grid.map(|grid| format!("{grid} in all")),
+            self.threads.map(|threads| format!("{threads} threads")),
+            self.stages.map(|stages| format!("{stages} stages")),
+            self.bulk.map(|bulk| if bulk { "bulk copies" } else { "own copies" }.to_owned()),
+            self.vector.map(|vector| format!("vectors of {vector}")),
+            self.width.map(|width| format!("strips of {width} vectors")),
+        ];
+        let words: Vec<String> = words.into_iter().flatten().collect();
+        match (words.is_empty(), self.resident) {
+            (true, false) => f.write_str("any"),
+            (true, true) => f.write_str("resident"),
+            _ => f.write_str(&words.join(", ")),
+        }
+    }
+}
+
 /// What will run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// What is computed.
     pub problem: Problem,
     /// The device it is for.
-    pub device: String,
+    pub limits: DeviceLimits,
     /// The launches, in order; none for an empty batch.
     pub kernels: Vec<KernelLaunch>,
 }
 
 impl Plan {
-    /// Plans a pass.
+    /// Plans a pass: of all legal ways to run it, the one with the smallest modelled time.
     ///
     /// # Errors
     /// [`Error::EmptyDimension`], [`Error::ShapeOverflow`], [`Error::OneValuePerChannel`].
     pub fn new(problem: &Problem, limits: &DeviceLimits) -> Result<Self> {
+        Self::chosen(problem, limits, &Choice::default())
+    }
+
+    /// As [`Plan::new`], among those that the choice allows.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn chosen(problem: &Problem, limits: &DeviceLimits, choice: &Choice) -> Result<Self> {
         problem.validate()?;
         let problem = problem.canonical();
+        if problem.shape.is_empty() {
+            return Ok(Self::of(problem, limits, Vec::new()));
+        }
         let planner = Planner {
             problem: &problem,
             limits,
         };
-        Ok(Self {
+        let kernels = match planner.choose(choice) {
+            Some(candidate) => vec![planner.resident(&candidate)],
+            None => planner.general(),
+        };
+        Ok(Self::of(problem, limits, kernels))
+    }
+
+    /// Every legal way to run a pass; the general path comes first.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn candidates(problem: &Problem, limits: &DeviceLimits) -> Result<Vec<Self>> {
+        let general = Self::chosen(problem, limits, &Choice::GENERAL)?;
+        let problem = general.problem;
+        let planner = Planner {
+            problem: &problem,
+            limits,
+        };
+        let resident: Vec<_> = planner.resident_candidates();
+        let plans = resident
+            .iter()
+            .map(|candidate| Self::of(problem, limits, vec![planner.resident(candidate)]));
+        Ok(std::iter::once(general).chain(plans).collect())
+    }
+
+    fn of(problem: Problem, limits: &DeviceLimits, kernels: Vec<KernelLaunch>) -> Self {
+        Self {
             problem,
-            device: limits.name.clone(),
-            kernels: if problem.shape.is_empty() {
-                Vec::new()
-            } else {
-                planner.launches()
+            limits: limits.clone(),
+            kernels,
+        }
+    }
+
+    /// The choice that allows this plan alone.
+    pub fn choice(&self) -> Choice {
+        match self.kernels.as_slice() {
+            [launch] => match launch.instantiation.resident {
+                Some(Resident { team, stages, bulk, .. }) => Choice {
+                    threads: Some(launch.block()),
+                    stages: Some(stages),
+                    bulk: Some(bulk),
+                    vector: Some(launch.instantiation.vector),
+                    width: Some(launch.tiling.width),
+                    splits: Some(launch.tiling.splits),
+                    grid: Some(launch.grid),
+                    ..Choice::resident(Some(team))
+                },
+                None => Choice::GENERAL,
             },
-        })
+            _ => Choice::GENERAL,
+        }
+    }
+
+    /// Nanoseconds that the launches are believed to take with a cold cache: modelled, not measured.
+    pub fn modelled_time(&self) -> f64 {
+        self.modelled_time_at(&tuning::COSTS)
+    }
+
+    /// As [`Plan::modelled_time`], at other costs.
+    pub fn modelled_time_at(&self, costs: &Costs) -> f64 {
+        model::modelled_time(&self.kernels, &self.limits, costs)
     }
 
     /// Bytes of all launches.
@@ -301,24 +474,26 @@ impl Plan {
         self.traffic().tensors as f64 / self.minimum_bytes() as f64
     }
 
-    /// Partial results that the launches need room for: one per channel and split, of the launch with the most.
+    /// Partial results that the launches need room for: one per channel and split, of the launch with the most; and in a
+    /// grid team the total.
     pub(super) fn partials(&self) -> u64 {
-        self.reducing()
-            .filter(|launch| launch.tiling.splits > 1)
-            .map(|launch| launch.tiling.channels * launch.tiling.splits)
+        self.exchanging()
+            .map(|launch| launch.tiling.channels * (launch.tiling.splits + u64::from(launch.is_cooperative())))
             .max()
             .unwrap_or(0)
     }
 
-    /// Counters that the launches need: one per strip, of the launch with the most.
+    /// Counters of each kind that the launches need: one per strip, of the launch with the most.
     pub(super) fn counters(&self) -> u64 {
-        self.reducing().map(|launch| launch.tiling.strips).max().unwrap_or(0)
+        self.exchanging().map(|launch| launch.tiling.strips).max().unwrap_or(0)
     }
 
-    fn reducing(&self) -> impl Iterator<Item = &KernelLaunch> {
-        self.kernels
-            .iter()
-            .filter(|launch| matches!(launch.instantiation.kernel, Kernel::Statistics | Kernel::BackwardReduce))
+    /// The launches whose blocks exchange results through global memory.
+    fn exchanging(&self) -> impl Iterator<Item = &KernelLaunch> {
+        self.kernels.iter().filter(|launch| match launch.instantiation.kernel {
+            Kernel::Statistics | Kernel::BackwardReduce => launch.tiling.splits > 1,
+            _ => launch.is_cooperative(),
+        })
     }
 }
 
@@ -338,13 +513,10 @@ fn tensor_bytes(problem: &Problem) -> u64 {
 fn partial_bytes(kernel: Kernel, real: u64) -> u64 {
     const WEIGHT: u64 = 8;
     match kernel {
-        Kernel::Statistics => WEIGHT + 2 * real,
+        Kernel::Statistics | Kernel::ResidentForward => WEIGHT + 2 * real,
         _ => 2 * real,
     }
 }
-
-/// Numbers of the parameter type that `kernels/normalise.cuh` stages per channel.
-const STAGED_NUMBERS: u64 = 5;
 
 struct Planner<'a> {
     problem: &'a Problem,
@@ -352,7 +524,113 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    fn launches(&self) -> Vec<KernelLaunch> {
+    /// The resident kernel for the pass, if there is one. Where nothing depends on sums over the batch, the general path
+    /// reads every tensor once already.
+    fn resident_kernel(&self) -> Option<Kernel> {
+        match self.problem.operation {
+            Operation::Train => Some(Kernel::ResidentForward),
+            Operation::Backward if self.problem.needs_sums() => Some(Kernel::ResidentBackward),
+            _ => None,
+        }
+    }
+
+    fn resident_candidates(&self) -> Vec<Candidate> {
+        let Problem {
+            shape,
+            dtype,
+            alignment,
+            ..
+        } = *self.problem;
+        self.resident_kernel()
+            .map(|kernel| resident::candidates(kernel, shape, dtype, alignment, self.limits))
+            .unwrap_or_default()
+    }
+
+    /// The fastest resident candidate, unless the general path is faster.
+    ///
+    /// Decided for the pass with everything wanted: so all passes of one operation and shape take the same path, come by the
+    /// same bits, and find their room in one workspace.
+    fn choose(&self, choice: &Choice) -> Option<Candidate> {
+        if choice.general || self.resident_kernel().is_none() {
+            return None;
+        }
+        let full = Problem {
+            affine: true,
+            tracking: match self.problem.operation {
+                Operation::Train => Tracking::Momentum,
+                _ => Tracking::None,
+            },
+            input_gradient: self.problem.operation != Operation::Train,
+            residual_gradient: self.problem.epilogue == Epilogue::AddRelu && self.problem.operation != Operation::Train,
+            parameter_gradients: self.problem.operation != Operation::Train,
+            accumulate: false,
+            ..*self.problem
+        };
+        let planner = Planner {
+            problem: &full,
+            limits: self.limits,
+        };
+        let time = |kernels: &[KernelLaunch]| {
+            model::modelled_time(kernels, self.limits, &tuning::COSTS)
+        };
+        let best = planner
+            .resident_candidates()
+            .into_iter()
+            .filter(|candidate| choice.allows(candidate))
+            .map(|candidate| (time(&[planner.resident(&candidate)]), candidate))
+            .min_by(|(one, _), (other, _)| one.total_cmp(other));
+        best.filter(|(resident, _)| choice.resident || *resident <= time(&planner.general()))
+            .map(|(_, candidate)| candidate)
+    }
+
+    fn resident(&self, candidate: &Candidate) -> KernelLaunch {
+        let problem = self.problem;
+        let &Candidate {
+            resident,
+            walk,
+            vector,
+            threads,
+            tiling,
+            shared_bytes,
+            grid,
+        } = candidate;
+        let mut counts = Counts::new(problem);
+        let kernel = match problem.operation {
+            Operation::Train => {
+                counts.resident_forward(problem, &tiling);
+                Kernel::ResidentForward
+            }
+            _ => {
+                counts.resident_backward(problem, &tiling, self.gradient_outputs());
+                Kernel::ResidentBackward
+            }
+        };
+        if resident.team == Team::Grid {
+            counts.grid_exchange(kernel, &tiling);
+        }
+        KernelLaunch {
+            instantiation: Instantiation {
+                kernel,
+                dtype: problem.dtype,
+                walk,
+                vector,
+                unroll: resident::unroll(kernel.tensors_read(problem.epilogue, true)),
+                threads,
+                wide_index: tiling::needs_wide_index(&tiling, u64::from(vector)),
+                epilogue: problem.epilogue,
+                stores_gradient: false,
+                batch_statistics: false,
+                resident: Some(resident),
+            },
+            grid,
+            shared_bytes,
+            writes_parameter_gradients: problem.parameter_gradients,
+            tiling,
+            traffic: counts.traffic(),
+        }
+    }
+
+    fn general(&self) -> Vec<KernelLaunch> {
         let problem = self.problem;
         match problem.operation {
             Operation::Train => vec![self.statistics(), self.apply(true)],
@@ -407,34 +685,42 @@ impl Planner<'_> {
     fn backward_reduce(&self, batch_statistics: bool) -> KernelLaunch {
         let problem = self.problem;
         let outputs = if batch_statistics { 0 } else { self.gradient_outputs() };
+        let is_last = !batch_statistics || self.gradient_outputs() == 0;
+        let writes_parameters = problem.parameter_gradients && is_last;
         let kernel = (Kernel::BackwardReduce, problem.epilogue, false);
         let mut launch = self.launch(kernel, STAGED_NUMBERS, |counts, tensors, tiling| {
             counts.read_tensors(tensors);
             counts.write_tensors(outputs);
             counts.read_normalisation(tiling, batch_statistics, problem.affine);
             counts.written += tiling.channels * 2 * counts.real;
-            if problem.parameter_gradients {
-                counts.written += tiling.channels * 2 * counts.real;
-                if problem.accumulate {
-                    counts.read += tiling.channels * 2 * counts.real;
-                }
+            if writes_parameters {
+                counts.parameter_gradients(tiling, problem.accumulate);
             }
         });
         launch.instantiation.stores_gradient = outputs > 0;
+        launch.writes_parameter_gradients = writes_parameters;
         launch
     }
 
     fn backward_apply(&self, batch_statistics: bool) -> KernelLaunch {
         let problem = self.problem;
         let kernel = (Kernel::BackwardApply, problem.epilogue, batch_statistics);
-        self.launch(kernel, STAGED_NUMBERS + 2, |counts, tensors, tiling| {
+        let writes_parameters = problem.parameter_gradients && problem.operation == Operation::Backward;
+        let mut launch = self.launch(kernel, STAGED_NUMBERS + 2, |counts, tensors, tiling| {
             counts.read_tensors(tensors);
             counts.write_tensors(self.gradient_outputs());
             counts.read_normalisation(tiling, problem.operation == Operation::Backward, problem.affine);
             if batch_statistics {
                 counts.read += tiling.channels * tiling.splits * 2 * counts.real;
+            } else if writes_parameters {
+                counts.read += tiling.channels * 2 * counts.real;
             }
-        })
+            if writes_parameters {
+                counts.parameter_gradients(tiling, problem.accumulate);
+            }
+        });
+        launch.writes_parameter_gradients = writes_parameters;
+        launch
     }
 
     fn gradient_outputs(&self) -> u64 {
@@ -483,9 +769,11 @@ impl Planner<'_> {
                 epilogue,
                 stores_gradient: false,
                 batch_statistics,
+                resident: None,
             },
             grid: chosen.tiling.tasks().min(u64::from(self.limits.grid)) as u32,
             shared_bytes: chosen.shared_bytes,
+            writes_parameter_gradients: false,
             tiling: chosen.tiling,
             traffic: counts.traffic(),
         }
@@ -534,6 +822,15 @@ impl Counts {
         self.read += tiling.channels * tiling.splits * vectors * self.real;
     }
 
+    /// Written, or added to.
+    fn parameter_gradients(&mut self, tiling: &Tiling, accumulate: bool) {
+        let bytes = tiling.channels * 2 * self.real;
+        self.written += bytes;
+        if accumulate {
+            self.read += bytes;
+        }
+    }
+
     /// Where several blocks share a strip, each leaves its result per channel and counts its arrival; the last reads all
     /// results and resets the counter.
     fn partials(&mut self, kernel: Kernel, tiling: &Tiling) {
@@ -542,6 +839,46 @@ impl Counts {
             self.read += bytes + tiling.tasks() * ARRIVED_BYTES;
             self.written += bytes + (tiling.tasks() + tiling.strips) * ARRIVED_BYTES;
         }
+    }
+
+    /// Every block reads the pivots, weights and biases of its strips; one block of each team writes what is saved, moves
+    /// the running statistics, and is counted; the last one counts the batch and resets the counter.
+    fn resident_forward(&mut self, problem: &Problem, tiling: &Tiling) {
+        self.read_tensors(1 + u64::from(problem.epilogue == Epilogue::AddRelu));
+        self.write_tensors(1);
+        let parameters = 2 * u64::from(problem.affine) * self.real;
+        self.read += tiling.channels * tiling.splits * (problem.dtype.size() as u64 + parameters);
+        self.written += tiling.channels * 3 * self.real;
+        if problem.tracking != Tracking::None {
+            self.read += tiling.channels * 2 * self.real + tiling.strips * ARRIVED_BYTES + COUNTER_BYTES;
+            self.written += tiling.channels * 2 * self.real + (tiling.strips + 1) * ARRIVED_BYTES + COUNTER_BYTES;
+        }
+        if problem.tracking == Tracking::CumulativeAverage {
+            self.read += tiling.channels * COUNTER_BYTES;
+        }
+    }
+
+    fn resident_backward(&mut self, problem: &Problem, tiling: &Tiling, outputs: u64) {
+        self.read_tensors(2 + u64::from(problem.epilogue == Epilogue::AddRelu));
+        self.write_tensors(outputs);
+        self.read_normalisation(tiling, true, problem.affine);
+        if problem.parameter_gradients {
+            self.written += tiling.channels * 2 * self.real;
+            if problem.accumulate {
+                self.read += tiling.channels * 2 * self.real;
+            }
+        }
+    }
+
+    /// Every block leaves its result per channel and counts its arrival; the last one reads all, leaves the total and says
+    /// so; every block waits for that, reads the total, and counts itself out. Both counters are reset.
+    fn grid_exchange(&mut self, kernel: Kernel, tiling: &Tiling) {
+        let partial = partial_bytes(kernel, self.real);
+        self.written += tiling.channels * (tiling.splits + 1) * partial;
+        self.read += tiling.channels * 2 * tiling.splits * partial;
+        let arrivals = 2 * tiling.tasks() + tiling.strips;
+        self.read += (arrivals + tiling.tasks()) * ARRIVED_BYTES;
+        self.written += (arrivals + 2 * tiling.strips) * ARRIVED_BYTES;
     }
 
     fn traffic(&self) -> Traffic {
@@ -566,7 +903,7 @@ impl std::fmt::Display for Plan {
         writeln!(
             f,
             "{operation} {shape} {dtype}, epilogue {epilogue}, on {}",
-            self.device
+            self.limits.name
         )?;
         for launch in &self.kernels {
             let Tiling {
@@ -589,10 +926,11 @@ impl std::fmt::Display for Plan {
         }
         write!(
             f,
-            "  {} bytes in all; tensors cross memory {:.2} times the minimum of {} bytes",
+            "  {} bytes in all; tensors cross memory {:.2} times the minimum of {} bytes; modelled time {:.1} us",
             self.traffic().bytes(),
             self.traffic_ratio(),
-            self.minimum_bytes()
+            self.minimum_bytes(),
+            self.modelled_time() * 1e-3
         )
     }
 }

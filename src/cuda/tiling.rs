@@ -2,6 +2,9 @@
 //! those of `kernels/tensor.cuh`.
 
 use super::limits::DeviceLimits;
+use super::tuning::{
+    BLOCK_SIZES, COLUMN_VECTORS, SHORTEST_PLANE_WITH_EDGES, TASKS_PER_MULTIPROCESSOR, VECTORS_IN_FLIGHT, VECTORS_PER_TASK,
+};
 use crate::element::Dtype;
 use crate::shape::{Layout, Shape};
 
@@ -9,30 +12,10 @@ use crate::shape::{Layout, Shape};
 pub(super) const VECTOR_BYTES: u64 = 16;
 
 /// Threads of one warp.
-const WARP: u64 = 32;
-
-/// Planes of fewer vectors than this do not pay for reading their ends lane by lane.
-const SHORTEST_PLANE_WITH_EDGES: u64 = 8;
-
-/// A strip of columns is about this many vectors wide: 256 bytes of every row. Wider strips would have more of their
-/// per-channel numbers read per task, narrower ones would break up what lies together in memory.
-const COLUMN_VECTORS: u64 = 16;
-
-/// Vectors that a thread has under way at a time, per tensor that a kernel reads.
-const VECTORS_IN_FLIGHT: u64 = 4;
-
-/// Tasks per multiprocessor that keep memory busy until the last one ends.
-const TASKS_PER_MULTIPROCESSOR: u64 = 8;
-
-/// Vectors that every thread of a task takes of each tensor, at least: with fewer, what a task reads per channel would be
-/// no small part of its work.
-const VECTORS_PER_TASK: u64 = 8;
-
-/// Block sizes, preferred first.
-pub(super) const BLOCK_SIZES: [u64; 4] = [256, 128, 64, 32];
+pub(super) const WARP: u64 = 32;
 
 /// Shared memory that a block gets without asking for more.
-const SHARED_MEMORY: u64 = 48 << 10;
+pub(super) const SHARED_MEMORY: u64 = 48 << 10;
 
 /// How a kernel walks a tensor: see `kernels/tensor.cuh`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -95,6 +78,15 @@ impl Alignment {
                 .step_by(size as usize)
                 .map(move |phase| Alignment { grain, phase })
         })
+    }
+
+    /// Seen with vectors of at most so many bytes.
+    fn up_to(self, bytes: u64) -> Self {
+        let grain = self.grain.min(bytes);
+        Self {
+            grain,
+            phase: self.phase % grain,
+        }
     }
 
     /// Largest vector, in elements, at whose multiples every tensor begins.
@@ -172,12 +164,36 @@ pub(super) struct Launch {
 }
 
 /// How the walk cuts a row, before the rows are split and threads are chosen.
-#[derive(Clone, Copy, Debug)]
-struct Cut {
-    walk: Walk,
-    vector: u64,
-    tiling: Tiling,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    pub(super) walk: Walk,
+    pub(super) vector: u64,
+    pub(super) tiling: Tiling,
 }
+
+impl Cut {
+    /// What is dealt out to the splits of a strip: vectors of a channel (planes), or rows (columns).
+    pub(super) fn work(&self) -> u64 {
+        match self.walk {
+            Walk::Planes | Walk::PlanesWithEdges => self.tiling.outer * self.tiling.slots,
+            Walk::Columns => self.tiling.outer,
+        }
+    }
+}
+
+/// How wide a cut may be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Widths {
+    /// Bytes of a vector, at most.
+    pub(super) vector_bytes: u64,
+    /// Vectors of every row in a strip of columns, about.
+    pub(super) column_vectors: u64,
+}
+
+const GENERAL: Widths = Widths {
+    vector_bytes: VECTOR_BYTES,
+    column_vectors: COLUMN_VECTORS,
+};
 
 /// Chooses walk, vector, block size and splits. The shape is not empty and has been checked for overflow.
 pub(super) fn choose(
@@ -190,14 +206,14 @@ pub(super) fn choose(
     let unroll = u64::from(unroll(demand.tensors_read));
     let (cut, threads) = BLOCK_SIZES
         .into_iter()
-        .map(|threads| (cut(shape, dtype, alignment, threads), threads))
+        .map(|threads| (cut(shape, dtype, alignment, threads, GENERAL), threads))
         .find(|(cut, threads)| {
             let fits = shared_bytes(cut, dtype, *threads, demand)
                 <= SHARED_MEMORY.min(u64::from(limits.shared_memory_per_block));
             let filled = work_items(cut) > threads / 2 * unroll || *threads == WARP;
             fits && filled
         })
-        .unwrap_or_else(|| (cut(shape, dtype, alignment, WARP), WARP));
+        .unwrap_or_else(|| (cut(shape, dtype, alignment, WARP, GENERAL), WARP));
     let tiling = split(&cut, threads, limits);
     Launch {
         walk: cut.walk,
@@ -216,25 +232,20 @@ pub(super) fn unroll(tensors_read: u64) -> u32 {
 }
 
 /// The walk for a shape: the widest vectors, and among equals the plainest walk.
-fn cut(shape: Shape, dtype: Dtype, alignment: Alignment, threads: u64) -> Cut {
+pub(super) fn cut(shape: Shape, dtype: Dtype, alignment: Alignment, threads: u64, widths: Widths) -> Cut {
+    let alignment = alignment.up_to(widths.vector_bytes);
+    let wanted = widths.column_vectors.min(threads);
     let plane = (shape.height * shape.width) as u64;
     let channels = shape.channels as u64;
     // One pixel per image: NCHW and NHWC are the same order.
     if shape.layout == Layout::Nhwc || plane == 1 {
         let rows = (shape.batch as u64) * plane;
-        return columns(rows, channels, 1, channels, alignment, dtype, threads);
+        return columns((rows, channels), 1, channels, alignment, dtype, threads, wanted);
     }
     let plain = planes(shape, alignment.aligned_vector(dtype));
     let edges = planes_with_edges(shape, alignment.common_vector(dtype));
-    let short = columns(
-        shape.batch as u64,
-        channels * plane,
-        plane,
-        channels,
-        alignment,
-        dtype,
-        threads,
-    );
+    let rows = (shape.batch as u64, channels * plane);
+    let short = columns(rows, plane, channels, alignment, dtype, threads, wanted);
     // Columns need no lane by lane reading, so they come before edges.
     let short_fits = short.tiling.width <= threads;
     let edges_pay = edges.tiling.slots >= SHORTEST_PLANE_WITH_EDGES;
@@ -282,13 +293,22 @@ fn plane_tiling(shape: Shape, slots: u64) -> Tiling {
     }
 }
 
-/// Rows of `channels * inner` elements, cut into strips of whole channels that are whole vectors too.
-fn columns(rows: u64, row: u64, inner: u64, channels: u64, alignment: Alignment, dtype: Dtype, threads: u64) -> Cut {
+/// Rows of `channels * inner` elements, cut into strips of whole channels that are whole vectors too: about `wanted` of
+/// them.
+fn columns(
+    (rows, row): (u64, u64),
+    inner: u64,
+    channels: u64,
+    alignment: Alignment,
+    dtype: Dtype,
+    threads: u64,
+    wanted: u64,
+) -> Cut {
     let vector = largest_divisor(alignment.aligned_vector(dtype), row);
     let slots = row / vector;
     // Fewest vectors that hold a whole number of channels.
     let unit = inner / greatest_common_divisor(inner, vector);
-    let wanted = COLUMN_VECTORS.min(threads).max(unit) / unit * unit;
+    let wanted = wanted.max(unit) / unit * unit;
     // Strips of nearly equal width.
     let strips = slots.div_ceil(wanted);
     let width = slots.div_ceil(strips).div_ceil(unit) * unit;
@@ -323,10 +343,11 @@ fn work_items(cut: &Cut) -> u64 {
 /// Cuts the rows so that the device is full, but no share is so small that its threads have nothing to do.
 fn split(cut: &Cut, threads: u64, limits: &DeviceLimits) -> Tiling {
     let tiling = cut.tiling;
-    // What is dealt out, and how much of it keeps all threads of a block busy once.
-    let (work, at_once) = match cut.walk {
-        Walk::Planes | Walk::PlanesWithEdges => (tiling.outer * tiling.slots, threads),
-        Walk::Columns => (tiling.outer, threads / tiling.width),
+    let work = cut.work();
+    // How much of it keeps all threads of a block busy once.
+    let at_once = match cut.walk {
+        Walk::Planes | Walk::PlanesWithEdges => threads,
+        Walk::Columns => threads / tiling.width,
     };
     let wanted = (u64::from(limits.multiprocessors) * TASKS_PER_MULTIPROCESSOR).div_ceil(tiling.strips);
     let most = work.div_ceil(at_once.max(1) * VECTORS_PER_TASK);
@@ -339,23 +360,27 @@ fn split(cut: &Cut, threads: u64, limits: &DeviceLimits) -> Tiling {
 }
 
 fn shared_bytes(cut: &Cut, dtype: Dtype, threads: u64, demand: Demand) -> u64 {
+    let exchange = if demand.reduces {
+        exchange_bytes(cut, dtype, threads)
+    } else {
+        0
+    };
+    cut.tiling.strip_channels * demand.numbers_per_channel * dtype.param().size() as u64 + exchange
+}
+
+/// Shared memory in which the threads of a block exchange their results.
+pub(super) fn exchange_bytes(cut: &Cut, dtype: Dtype, threads: u64) -> u64 {
     const WEIGHT_BYTES: u64 = 4;
-    let real = dtype.param().size() as u64;
     let lanes = match cut.walk {
         Walk::Columns => cut.vector,
         Walk::Planes | Walk::PlanesWithEdges => 1,
     };
-    let exchange = if demand.reduces {
-        threads * (2 * lanes * real + WEIGHT_BYTES)
-    } else {
-        0
-    };
-    cut.tiling.strip_channels * demand.numbers_per_channel * real + exchange
+    threads * (2 * lanes * dtype.param().size() as u64 + WEIGHT_BYTES)
 }
 
 /// Whether the offset of some element, a count of vectors or a number of tasks may pass 31 bits. Offsets beyond a thread's
 /// last vector may wrap: nothing is read there.
-fn needs_wide_index(tiling: &Tiling, vector: u64) -> bool {
+pub(super) fn needs_wide_index(tiling: &Tiling, vector: u64) -> bool {
     let slots = tiling.outer * tiling.slots;
     let elements = (tiling.outer * tiling.stride).max(slots * vector);
     elements.max(tiling.tasks()) > i32::MAX as u64

@@ -19,8 +19,12 @@ pub struct Workspace<T: Element> {
     pub(super) partial_first: CudaSlice<T::Param>,
     /// Partial results: variance, or sum of gradients times distances.
     pub(super) partial_second: CudaSlice<T::Param>,
-    /// Blocks that have arrived, per strip. Zero between passes: the last block of a strip resets its counter.
+    /// Blocks that have arrived, per strip. Zero between passes, as are the next two: whoever is last resets the counter.
     pub(super) arrived: CudaSlice<u32>,
+    /// Per strip: the total of a grid team being there, and blocks that have read it.
+    pub(super) ready: CudaSlice<u32>,
+    /// One number: strips that a resident kernel is done with.
+    pub(super) finished: CudaSlice<u32>,
     /// Per channel: the batch variance, or the sum of gradients.
     pub(super) first: CudaSlice<T::Param>,
     /// Per channel: the sum of gradients times distances.
@@ -43,7 +47,7 @@ impl<T: Element> Workspace<T> {
                     alignment,
                     ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
                 };
-                let plan = Plan::new(&problem, &cuda.device.limits)?;
+                let plan = Plan::chosen(&problem, &cuda.device.limits, &cuda.choice)?;
                 partials = plan.partials().max(partials);
                 counters = plan.counters().max(counters);
             }
@@ -53,6 +57,8 @@ impl<T: Element> Workspace<T> {
             partial_first: cuda.allocate(partials as usize)?,
             partial_second: cuda.allocate(partials as usize)?,
             arrived: cuda.allocate(counters as usize)?,
+            ready: cuda.allocate(counters as usize)?,
+            finished: cuda.allocate(1)?,
             first: cuda.allocate(shape.channels)?,
             second: cuda.allocate(shape.channels)?,
             momentum: cuda.allocate(1)?,

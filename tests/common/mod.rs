@@ -7,6 +7,8 @@
 use batchnorm_cuda::{Element, Shape};
 
 mod alone;
+#[cfg(feature = "candle")]
+pub mod candle;
 mod case;
 mod device;
 pub mod golden;

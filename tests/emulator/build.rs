@@ -10,12 +10,13 @@ use std::process::Command;
 const DRIVER_NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 const NVRTC_NAMES: [&str; 3] = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"];
 
-const DRIVER_SOURCES: [&str; 12] = [
+const DRIVER_SOURCES: [&str; 13] = [
     "access.cpp",
     "barriers.cpp",
     "capture.cpp",
     "control.cpp",
     "driver.cpp",
+    "faults.cpp",
     "fiber.cpp",
     "launch.cpp",
     "memory.cpp",

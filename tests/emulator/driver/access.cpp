@@ -244,7 +244,29 @@ unsigned stand_in_arrive(unsigned* counter, StandInPlace place) {
   const void* const instruction = __builtin_return_address(0);
   access_global(thread, address, sizeof *counter, Direction::LOAD, place, instruction, true);
   access_global(thread, address, sizeof *counter, Direction::STORE, place, instruction, true);
-  return arrive_in_order(thread, counter);
+  const unsigned before = arrive_in_order(thread, counter);
+  auto waiters = thread.gang->counter_waiters.find(address);
+  if (waiters != thread.gang->counter_waiters.end()) {
+    for (Thread* waiter : waiters->second) thread.gang->make_ready(*waiter);
+    thread.gang->counter_waiters.erase(waiters);
+  }
+  return before;
+}
+
+void stand_in_await_arrivals(const unsigned* counter, unsigned arrivals, StandInPlace place) {
+  Thread& thread = *current_thread;
+  Gang& gang = *thread.gang;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(counter);
+  if (!gang.launch().cooperative) {
+    fault(thread, CUDA_ERROR_LAUNCH_FAILED, at(place), "waiting for other blocks in a launch that is not cooperative");
+  }
+  // However often a GPU looks at the counter, it is counted once: nearly all looks end in a cache.
+  access_global(thread, address, sizeof *counter, Direction::LOAD, place, __builtin_return_address(0), true);
+  while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < arrivals) {
+    gang.counter_waiters[address].push_back(&thread);
+    gang.wait(thread, State::AT_COUNTER, place);
+  }
+  acquire_counter(thread, counter);
 }
 
 const void* stand_in_remote(const void* local, unsigned rank, StandInPlace place) {
@@ -288,12 +310,56 @@ void stand_in_bulk_copy(void* shared, const void* global, unsigned bytes, unsign
   if (bytes == 0) return;
   const AddressRange& range = check_global(thread, from, bytes, Direction::LOAD, at(place));
   check_global_order(thread, range, from, bytes, Direction::LOAD, at(place));
-  begin_copy(thread, shared_offset(gang, reinterpret_cast<uintptr_t>(shared)), bytes, at(place));
+  const size_t offset = shared_offset(gang, reinterpret_cast<uintptr_t>(shared));
+  check_bulk_fence(thread, offset, bytes, at(place));
+  begin_copy(thread, offset, bytes, at(place));
   // No instruction of a warp: the copy moves every sector once.
   gang.bytes_loaded += bytes;
   if (!gang.shuffled) gang.sectors_loaded += (from + bytes + 31) / 32 - from / 32;
   memset(shared, 0xff, bytes);  // until the copy ends there is nothing to be read
   gang.copies.push_back({static_cast<unsigned char*>(shared), global, bytes, key});
+}
+
+void stand_in_bulk_fence() {
+  Thread& thread = *current_thread;
+  thread.bulk_fence = tick(thread);
+}
+
+void stand_in_copy_async(void* shared, const void* global, unsigned bytes, StandInPlace place) {
+  Thread& thread = *current_thread;
+  access_global(thread, reinterpret_cast<uintptr_t>(global), bytes, Direction::LOAD, place,
+                __builtin_return_address(0));
+  check_alignment(thread, reinterpret_cast<uintptr_t>(shared), bytes, Direction::STORE, at(place));
+  expect_own_shared(thread, shared, bytes, Direction::STORE, place);
+  const size_t offset = shared_offset(*thread.gang, reinterpret_cast<uintptr_t>(shared));
+  if (bytes % GRANULE) {  // no such instruction: an ordinary load and store
+    check_shared_order(thread, offset, bytes, Direction::STORE, at(place));
+    copy_word(shared, global, bytes);
+    return;
+  }
+  begin_copy(thread, offset, bytes, at(place));
+  memset(shared, 0xff, bytes);  // until the copy ends there is nothing to be read
+  thread.copies.push_back({static_cast<unsigned char*>(shared), global, bytes, thread.copy_group});
+}
+
+void stand_in_copy_commit() { current_thread->copy_group++; }
+
+// The thread's copies end here, as late as they may.
+void stand_in_copy_wait(unsigned groups, StandInPlace place) {
+  Thread& thread = *current_thread;
+  Gang& gang = *thread.gang;
+  size_t kept = 0;
+  for (const ThreadCopy& copy : thread.copies) {
+    if (copy.group + groups >= thread.copy_group) {
+      thread.copies[kept++] = copy;
+      continue;
+    }
+    const size_t offset = shared_offset(gang, reinterpret_cast<uintptr_t>(copy.to));
+    copy_word(copy.to, copy.from, copy.bytes);
+    end_copy(gang, offset, copy.bytes);
+    check_shared_order(thread, offset, copy.bytes, Direction::STORE, at(place));
+  }
+  thread.copies.resize(kept);
 }
 
 #define INSTRUMENTED(BYTES)                                                                \

@@ -68,6 +68,7 @@ CUresult wait_for_event(Stream& stream, Event& event) {
 extern "C" {
 
 CUresult cuStreamBeginCapture_v2(CUstream handle, unsigned mode) {
+  MAY_FAIL();
   Stream* stream = find_stream(handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   if (stream->is_null) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
@@ -82,6 +83,7 @@ CUresult cuStreamBeginCapture_v2(CUstream handle, unsigned mode) {
 }
 
 CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
+  MAY_FAIL();
   Stream* stream = find_stream(handle);
   if (!stream || !graph) return CUDA_ERROR_INVALID_VALUE;
   const std::shared_ptr<Capture> capture = stream->capture;
@@ -103,6 +105,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
 }
 
 CUresult cuStreamIsCapturing(CUstream handle, unsigned* status) {
+  MAY_FAIL();
   Stream* stream = find_stream(handle);
   if (!stream || !status) return CUDA_ERROR_INVALID_VALUE;
   *status = !stream->capture               ? CU_STREAM_CAPTURE_STATUS_NONE
@@ -112,6 +115,7 @@ CUresult cuStreamIsCapturing(CUstream handle, unsigned* status) {
 }
 
 CUresult cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph handle, unsigned long long) {
+  MAY_FAIL();
   Graph* graph = graph_handles.find(handle);
   if (!graph || !executable) return CUDA_ERROR_INVALID_VALUE;
   *executable = graph_exec_handles.insert<CUgraphExec>(new Graph(*graph));
@@ -119,10 +123,12 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph handle, un
 }
 
 CUresult cuGraphUpload(CUgraphExec handle, CUstream stream) {
+  MAY_FAIL();
   return graph_exec_handles.find(handle) && find_stream(stream) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
 }
 
 CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
+  MAY_FAIL();
   Graph* graph = graph_exec_handles.find(handle);
   Stream* stream = find_stream(stream_handle);
   if (!graph || !stream) return CUDA_ERROR_INVALID_HANDLE;
@@ -134,12 +140,14 @@ CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
 }
 
 CUresult cuGraphDestroy(CUgraph handle) {
+  MAY_FAIL();
   Graph* graph = graph_handles.remove(handle);
   delete graph;
   return graph ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 CUresult cuGraphExecDestroy(CUgraphExec handle) {
+  MAY_FAIL();
   Graph* graph = graph_exec_handles.remove(handle);
   delete graph;
   return graph ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;

@@ -155,6 +155,8 @@ const ErrorText ERRORS[] = {
     {CUDA_ERROR_NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {CUDA_ERROR_NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {CUDA_ERROR_ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
+    {CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
+     "too many resources requested for launch"},
     {CUDA_ERROR_LAUNCH_TIMEOUT, "CUDA_ERROR_LAUNCH_TIMEOUT", "the launch timed out and was terminated"},
     {CUDA_ERROR_MISALIGNED_ADDRESS, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {CUDA_ERROR_LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
@@ -252,6 +254,7 @@ CUresult cuGetErrorString(CUresult code, const char** text) {
 }
 
 CUresult cuInit(unsigned flags) {
+  MAY_FAIL();
   if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
   if (settings.no_device || devices().empty()) return CUDA_ERROR_NO_DEVICE;
   initialised = true;
@@ -259,12 +262,14 @@ CUresult cuInit(unsigned flags) {
 }
 
 CUresult cuDriverGetVersion(int* version) {
+  MAY_FAIL();
   if (!version) return CUDA_ERROR_INVALID_VALUE;
   *version = settings.driver_version;
   return CUDA_SUCCESS;
 }
 
 CUresult cuDeviceGetCount(int* number) {
+  MAY_FAIL();
   if (!number) return CUDA_ERROR_INVALID_VALUE;
   if (!initialised) return CUDA_ERROR_NOT_INITIALIZED;
   *number = settings.no_device ? 0 : int(devices().size());
@@ -272,18 +277,21 @@ CUresult cuDeviceGetCount(int* number) {
 }
 
 CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+  MAY_FAIL();
   const CUresult status = settings.no_device ? CUDA_ERROR_NO_DEVICE : check_device(ordinal);
   if (status == CUDA_SUCCESS) *device = ordinal;
   return status;
 }
 
 CUresult cuDeviceGetName(char* name, int length, CUdevice device) {
+  MAY_FAIL();
   const CUresult status = check_device(device);
   if (status == CUDA_SUCCESS && length > 0) snprintf(name, size_t(length), "%s", device_at(device)->name.c_str());
   return status;
 }
 
 CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice device) {
+  MAY_FAIL();
   const CUresult status = check_device(device);
   if (status != CUDA_SUCCESS) return status;
   memset(uuid->bytes, 0, sizeof uuid->bytes);
@@ -294,12 +302,14 @@ CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice device) {
 CUresult cuDeviceGetUuid(CUuuid* uuid, CUdevice device) { return cuDeviceGetUuid_v2(uuid, device); }
 
 CUresult cuDeviceTotalMem_v2(size_t* bytes, CUdevice device) {
+  MAY_FAIL();
   const CUresult status = check_device(device);
   if (status == CUDA_SUCCESS) *bytes = device_at(device)->memory_bytes;
   return status;
 }
 
 CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
+  MAY_FAIL();
   const CUresult status = check_device(device);
   if (status != CUDA_SUCCESS) return status;
   if (!value || attribute < 1 || attribute >= int(DEVICE_ATTRIBUTES)) return CUDA_ERROR_INVALID_VALUE;
@@ -310,6 +320,7 @@ CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
 // ---- contexts ------------------------------------------------------------------------------------------------------
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext* handle, CUdevice device) {
+  MAY_FAIL();
   const CUresult status = check_device(device);
   if (status != CUDA_SUCCESS) return status;
   std::lock_guard<std::mutex> lock(primary_mutex);
@@ -322,6 +333,7 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* handle, CUdevice device) {
 
 // The context outlives its last user, as if there always were another: tests that run side by side share it.
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
+  MAY_FAIL();
   std::lock_guard<std::mutex> lock(primary_mutex);
   auto entry = primary_contexts.find(device);
   if (entry == primary_contexts.end() || entry->second->retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
@@ -330,6 +342,7 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
 }
 
 CUresult cuCtxCreate_v4(CUcontext* handle, void*, unsigned, CUdevice device) {
+  MAY_FAIL();
   const CUresult status = check_device(device);
   if (status != CUDA_SUCCESS) return status;
   current = make_context(device);
@@ -346,6 +359,7 @@ CUresult cuCtxCreate_v2(CUcontext* handle, unsigned flags, CUdevice device) {
 }
 
 CUresult cuCtxDestroy_v2(CUcontext handle) {
+  MAY_FAIL();
   Context* context = context_handles.find(handle);
   if (!context) return CUDA_ERROR_INVALID_CONTEXT;
   {
@@ -360,6 +374,7 @@ CUresult cuCtxDestroy_v2(CUcontext handle) {
 }
 
 CUresult cuCtxSetCurrent(CUcontext handle) {
+  MAY_FAIL();
   Context* context = handle ? context_handles.find(handle) : nullptr;
   if (handle && !context) return CUDA_ERROR_INVALID_CONTEXT;
   current = context;
@@ -367,51 +382,79 @@ CUresult cuCtxSetCurrent(CUcontext handle) {
 }
 
 CUresult cuCtxGetCurrent(CUcontext* handle) {
+  MAY_FAIL();
   if (!initialised) return CUDA_ERROR_NOT_INITIALIZED;
   *handle = current ? current->handle : nullptr;
   return CUDA_SUCCESS;
 }
 
 CUresult cuCtxGetDevice(CUdevice* device) {
+  MAY_FAIL();
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   *device = current->ordinal;
   return CUDA_SUCCESS;
 }
 
 CUresult cuCtxSynchronize() {
+  MAY_FAIL();
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   count(Call::SYNCHRONIZATION, *current);
   return refuse_while_capturing();
 }
 
 // Settings that change nothing here.
-CUresult cuCtxSetFlags(unsigned) { return current ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
-CUresult cuCtxSetCacheConfig(int) { return current ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
+CUresult cuCtxSetFlags(unsigned) {
+  MAY_FAIL();
+  return current ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
+}
+CUresult cuCtxSetCacheConfig(int) {
+  MAY_FAIL();
+  return current ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
+}
 CUresult cuCtxGetCacheConfig(int* configuration) {
+  MAY_FAIL();
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   *configuration = 0;
   return CUDA_SUCCESS;
 }
-CUresult cuCtxSetLimit(int, size_t) { return CUDA_ERROR_UNSUPPORTED_LIMIT; }
-CUresult cuCtxGetLimit(size_t*, int) { return CUDA_ERROR_UNSUPPORTED_LIMIT; }
-CUresult cuProfilerStart() { return CUDA_SUCCESS; }
-CUresult cuProfilerStop() { return CUDA_SUCCESS; }
+CUresult cuCtxSetLimit(int, size_t) {
+  MAY_FAIL();
+  return CUDA_ERROR_UNSUPPORTED_LIMIT;
+}
+CUresult cuCtxGetLimit(size_t*, int) {
+  MAY_FAIL();
+  return CUDA_ERROR_UNSUPPORTED_LIMIT;
+}
+CUresult cuProfilerStart() {
+  MAY_FAIL();
+  return CUDA_SUCCESS;
+}
+CUresult cuProfilerStop() {
+  MAY_FAIL();
+  return CUDA_SUCCESS;
+}
 
 // ---- streams -------------------------------------------------------------------------------------------------------
 
 CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+  MAY_FAIL();
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   *least = 0;
   *greatest = -5;
   return CUDA_SUCCESS;
 }
 
-CUresult cuStreamCreate(CUstream* handle, unsigned) { return create_stream(handle, 0); }
+CUresult cuStreamCreate(CUstream* handle, unsigned) {
+  MAY_FAIL();
+  return create_stream(handle, 0);
+}
 CUresult cuStreamCreateWithPriority(CUstream* handle, unsigned, int priority) {
+  MAY_FAIL();
   return create_stream(handle, priority);
 }
 
 CUresult cuStreamDestroy_v2(CUstream handle) {
+  MAY_FAIL();
   Stream* stream = stream_handles.remove(handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   if (stream->capture) stream->capture->invalidated = true;
@@ -420,15 +463,20 @@ CUresult cuStreamDestroy_v2(CUstream handle) {
 }
 
 CUresult cuStreamSynchronize(CUstream handle) {
+  MAY_FAIL();
   return on_stream(handle, [](Stream& stream) {
     count(Call::SYNCHRONIZATION, stream);
     return refuse_in_capture(stream);
   });
 }
 
-CUresult cuStreamQuery(CUstream handle) { return on_stream(handle, refuse_in_capture); }
+CUresult cuStreamQuery(CUstream handle) {
+  MAY_FAIL();
+  return on_stream(handle, refuse_in_capture);
+}
 
 CUresult cuStreamGetPriority(CUstream handle, int* priority) {
+  MAY_FAIL();
   return on_stream(handle, [=](Stream& stream) {
     *priority = stream.priority;
     return CUDA_SUCCESS;
@@ -436,6 +484,7 @@ CUresult cuStreamGetPriority(CUstream handle, int* priority) {
 }
 
 CUresult cuStreamGetCtx(CUstream handle, CUcontext* context) {
+  MAY_FAIL();
   return on_stream(handle, [=](Stream& stream) {
     *context = stream.context->handle;
     return CUDA_SUCCESS;
@@ -443,6 +492,7 @@ CUresult cuStreamGetCtx(CUstream handle, CUcontext* context) {
 }
 
 CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned) {
+  MAY_FAIL();
   Event* event = event_handles.find(event_handle);
   if (!event) return CUDA_ERROR_INVALID_HANDLE;
   return on_stream(handle, [=](Stream& stream) {
@@ -452,10 +502,12 @@ CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned) {
 }
 
 CUresult cuStreamAttachMemAsync(CUstream handle, CUdeviceptr, size_t, unsigned) {
+  MAY_FAIL();
   return on_stream(handle, [](Stream&) { return CUDA_SUCCESS; });
 }
 
 CUresult cuLaunchHostFunc(CUstream handle, CUhostFn function, void* user) {
+  MAY_FAIL();
   if (!function) return CUDA_ERROR_INVALID_VALUE;
   return on_stream(handle, [=](Stream& stream) {
     return submit(stream, [=](Stream&) {
@@ -468,6 +520,7 @@ CUresult cuLaunchHostFunc(CUstream handle, CUhostFn function, void* user) {
 // ---- events --------------------------------------------------------------------------------------------------------
 
 CUresult cuEventCreate(CUevent* handle, unsigned flags) {
+  MAY_FAIL();
   if (!handle) return CUDA_ERROR_INVALID_VALUE;
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   Event* event = new Event(current, !(flags & CU_EVENT_DISABLE_TIMING));
@@ -476,12 +529,14 @@ CUresult cuEventCreate(CUevent* handle, unsigned flags) {
 }
 
 CUresult cuEventDestroy_v2(CUevent handle) {
+  MAY_FAIL();
   Event* event = event_handles.remove(handle);
   delete event;
   return event ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
 }
 
 CUresult cuEventRecord(CUevent handle, CUstream stream_handle) {
+  MAY_FAIL();
   Event* event = event_handles.find(handle);
   Stream* stream = find_stream(stream_handle);
   if (!event || !stream || event->context != stream->context) return CUDA_ERROR_INVALID_HANDLE;
@@ -493,12 +548,14 @@ CUresult cuEventRecord(CUevent handle, CUstream stream_handle) {
 }
 
 CUresult cuEventQuery(CUevent handle) {
+  MAY_FAIL();
   Event* event = event_handles.find(handle);
   if (!event) return CUDA_ERROR_INVALID_HANDLE;
   return event->capture ? CUDA_ERROR_CAPTURED_EVENT : CUDA_SUCCESS;
 }
 
 CUresult cuEventSynchronize(CUevent handle) {
+  MAY_FAIL();
   Event* event = event_handles.find(handle);
   if (!event) return CUDA_ERROR_INVALID_HANDLE;
   count(Call::SYNCHRONIZATION, *event->context);
@@ -506,6 +563,7 @@ CUresult cuEventSynchronize(CUevent handle) {
 }
 
 CUresult cuEventElapsedTime_v2(float* milliseconds, CUevent start_handle, CUevent end_handle) {
+  MAY_FAIL();
   Event* start = event_handles.find(start_handle);
   Event* end = event_handles.find(end_handle);
   if (!start || !end || !start->timing || !end->timing || !start->recorded || !end->recorded)
@@ -520,10 +578,17 @@ CUresult cuEventElapsedTime(float* milliseconds, CUevent start, CUevent end) {
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
-CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) { return allocate(address, bytes); }
-CUresult cuMemAllocManaged(CUdeviceptr* address, size_t bytes, unsigned) { return allocate(address, bytes); }
+CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
+  MAY_FAIL();
+  return allocate(address, bytes);
+}
+CUresult cuMemAllocManaged(CUdeviceptr* address, size_t bytes, unsigned) {
+  MAY_FAIL();
+  return allocate(address, bytes);
+}
 
 CUresult cuMemFree_v2(CUdeviceptr address) {
+  MAY_FAIL();
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   const CUresult status = refuse_while_capturing();
   if (status != CUDA_SUCCESS) return status;
@@ -532,6 +597,7 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
 }
 
 CUresult cuMemAllocAsync(CUdeviceptr* address, size_t bytes, CUstream handle) {
+  MAY_FAIL();
   if (!address) return CUDA_ERROR_INVALID_VALUE;
   return on_stream(handle, [=](Stream& stream) {
     count(Call::ALLOCATION, stream);
@@ -541,6 +607,7 @@ CUresult cuMemAllocAsync(CUdeviceptr* address, size_t bytes, CUstream handle) {
 }
 
 CUresult cuMemFreeAsync(CUdeviceptr address, CUstream handle) {
+  MAY_FAIL();
   return on_stream(handle, [=](Stream& stream) {
     count(Call::FREE, stream);
     const CUresult status = refuse_in_capture(stream);
@@ -549,6 +616,7 @@ CUresult cuMemFreeAsync(CUdeviceptr address, CUstream handle) {
 }
 
 CUresult cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
+  MAY_FAIL();
   if (!memory || !bytes) return CUDA_ERROR_INVALID_VALUE;
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   *memory = malloc(bytes);
@@ -556,11 +624,13 @@ CUresult cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
 }
 
 CUresult cuMemFreeHost(void* memory) {
+  MAY_FAIL();
   free(memory);
   return CUDA_SUCCESS;
 }
 
 CUresult cuMemGetInfo_v2(size_t* available, size_t* total) {
+  MAY_FAIL();
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   const size_t limit = current->memory.limit();
   const size_t used = current->memory.live_bytes();
@@ -569,45 +639,68 @@ CUresult cuMemGetInfo_v2(size_t* available, size_t* total) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuMemAdvise_v2(CUdeviceptr, size_t, int, CUmemLocation) { return CUDA_SUCCESS; }
+CUresult cuMemAdvise_v2(CUdeviceptr, size_t, int, CUmemLocation) {
+  MAY_FAIL();
+  return CUDA_SUCCESS;
+}
 CUresult cuMemPrefetchAsync_v2(CUdeviceptr, size_t, CUmemLocation, unsigned, CUstream handle) {
+  MAY_FAIL();
   return on_stream(handle, [](Stream&) { return CUDA_SUCCESS; });
 }
 
 CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t bytes) {
+  MAY_FAIL();
   return copy_to_device(nullptr, to, from, bytes);
 }
-CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t bytes) { return copy_to_host(nullptr, to, from, bytes); }
+CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t bytes) {
+  MAY_FAIL();
+  return copy_to_host(nullptr, to, from, bytes);
+}
 CUresult cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes) {
+  MAY_FAIL();
   return copy_on_device(nullptr, to, from, bytes);
 }
-CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t bytes) { return fill(nullptr, to, value, bytes); }
+CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t bytes) {
+  MAY_FAIL();
+  return fill(nullptr, to, value, bytes);
+}
 CUresult cuMemsetD16_v2(CUdeviceptr to, unsigned short value, size_t words) {
+  MAY_FAIL();
   return fill_words(nullptr, to, value, words);
 }
-CUresult cuMemsetD32_v2(CUdeviceptr to, unsigned value, size_t words) { return fill_words(nullptr, to, value, words); }
+CUresult cuMemsetD32_v2(CUdeviceptr to, unsigned value, size_t words) {
+  MAY_FAIL();
+  return fill_words(nullptr, to, value, words);
+}
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream handle) {
+  MAY_FAIL();
   return on_stream(handle, [=](Stream& stream) { return copy_to_device(&stream, to, from, bytes); });
 }
 CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream handle) {
+  MAY_FAIL();
   return on_stream(handle, [=](Stream& stream) { return copy_to_host(&stream, to, from, bytes); });
 }
 CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream handle) {
+  MAY_FAIL();
   return on_stream(handle, [=](Stream& stream) { return copy_on_device(&stream, to, from, bytes); });
 }
 CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream handle) {
+  MAY_FAIL();
   return on_stream(handle, [=](Stream& stream) { return fill(&stream, to, value, bytes); });
 }
 CUresult cuMemsetD16Async(CUdeviceptr to, unsigned short value, size_t words, CUstream handle) {
+  MAY_FAIL();
   return on_stream(handle, [=](Stream& stream) { return fill_words(&stream, to, value, words); });
 }
 CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, size_t words, CUstream handle) {
+  MAY_FAIL();
   return on_stream(handle, [=](Stream& stream) { return fill_words(&stream, to, value, words); });
 }
 
 CUresult cuMemcpyPeerAsync(CUdeviceptr to, CUcontext to_handle, CUdeviceptr from, CUcontext from_handle, size_t bytes,
                            CUstream handle) {
+  MAY_FAIL();
   Context* to_context = context_handles.find(to_handle);
   Context* from_context = context_handles.find(from_handle);
   if (!to_context || !from_context) return CUDA_ERROR_INVALID_CONTEXT;
@@ -626,6 +719,7 @@ CUresult cuMemcpyPeerAsync(CUdeviceptr to, CUcontext to_handle, CUdeviceptr from
 // ---- modules and functions -----------------------------------------------------------------------------------------
 
 CUresult cuModuleLoadData(CUmodule* handle, const void* data) {
+  MAY_FAIL();
   if (!handle) return CUDA_ERROR_INVALID_VALUE;
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   count(Call::MODULE_LOAD, *current);
@@ -648,6 +742,7 @@ CUresult cuModuleLoad(CUmodule* handle, const char* path) {
 }
 
 CUresult cuModuleUnload(CUmodule handle) {
+  MAY_FAIL();
   Module* module = module_handles.remove(handle);
   if (!module) return CUDA_ERROR_INVALID_HANDLE;
   for (const auto& function : module->functions) delete function_handles.remove(function.second);
@@ -656,6 +751,7 @@ CUresult cuModuleUnload(CUmodule handle) {
 }
 
 CUresult cuModuleGetFunction(CUfunction* handle, CUmodule module_handle, const char* name) {
+  MAY_FAIL();
   Module* module = module_handles.find(module_handle);
   if (!module) return CUDA_ERROR_INVALID_HANDLE;
   if (!handle || !name) return CUDA_ERROR_INVALID_VALUE;
@@ -673,10 +769,12 @@ CUresult cuModuleGetFunction(CUfunction* handle, CUmodule module_handle, const c
 }
 
 CUresult cuModuleGetGlobal_v2(CUdeviceptr*, size_t*, CUmodule module, const char*) {
+  MAY_FAIL();
   return module_handles.find(module) ? CUDA_ERROR_NOT_FOUND : CUDA_ERROR_INVALID_HANDLE;
 }
 
 CUresult cuFuncGetAttribute(int* value, int attribute, CUfunction handle) {
+  MAY_FAIL();
   Function* function = function_handles.find(handle);
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
   if (!value) return CUDA_ERROR_INVALID_VALUE;
@@ -723,6 +821,7 @@ CUresult cuFuncGetAttribute(int* value, int attribute, CUfunction handle) {
 }
 
 CUresult cuFuncSetAttribute(CUfunction handle, int attribute, int value) {
+  MAY_FAIL();
   Function* function = function_handles.find(handle);
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
   switch (attribute) {
@@ -746,6 +845,7 @@ CUresult cuFuncSetAttribute(CUfunction handle, int attribute, int value) {
 }
 
 CUresult cuFuncSetCacheConfig(CUfunction handle, int) {
+  MAY_FAIL();
   return function_handles.find(handle) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
 }
 
@@ -753,6 +853,7 @@ CUresult cuFuncSetCacheConfig(CUfunction handle, int) {
 
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, CUfunction handle, int block_threads,
                                                               size_t shared_bytes, unsigned) {
+  MAY_FAIL();
   Function* function = function_handles.find(handle);
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
   if (!blocks || block_threads <= 0) return CUDA_ERROR_INVALID_VALUE;
@@ -766,6 +867,7 @@ CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction han
 }
 
 CUresult cuOccupancyAvailableDynamicSMemPerBlock(size_t* bytes, CUfunction handle, int blocks, int block_threads) {
+  MAY_FAIL();
   Function* function = function_handles.find(handle);
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
   if (!bytes || blocks <= 0 || block_threads <= 0) return CUDA_ERROR_INVALID_VALUE;
@@ -780,6 +882,7 @@ CUresult cuOccupancyAvailableDynamicSMemPerBlock(size_t* bytes, CUfunction handl
 CUresult cuOccupancyMaxPotentialBlockSizeWithFlags(int* grid, int* block, CUfunction handle,
                                                    CUoccupancyB2DSize shared_of_block, size_t shared_bytes,
                                                    int block_limit, unsigned) {
+  MAY_FAIL();
   Function* function = function_handles.find(handle);
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
   const Device& device = function->context->device;
@@ -807,6 +910,7 @@ CUresult cuOccupancyMaxPotentialBlockSize(int* grid, int* block, CUfunction hand
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                         unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** arguments,
                         void**) {
+  MAY_FAIL();
   return launch(function, stream,
                 {{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, {0, 0, 0}, shared_bytes, false}, arguments);
 }
@@ -814,11 +918,13 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
 CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                                    unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                                    CUstream stream, void** arguments) {
+  MAY_FAIL();
   return launch(function, stream,
                 {{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, {0, 0, 0}, shared_bytes, true}, arguments);
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* configuration, CUfunction function, void** arguments, void**) {
+  MAY_FAIL();
   if (!configuration) return CUDA_ERROR_INVALID_VALUE;
   const CUlaunchConfig& c = *configuration;
   LaunchRequest request = {
@@ -844,6 +950,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* configuration, CUfunction functi
 
 // Clusters that fit on the device at the same time, as if every multiprocessor could take part in any of them.
 CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction handle, const CUlaunchConfig* configuration) {
+  MAY_FAIL();
   Function* function = function_handles.find(handle);
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
   if (!clusters || !configuration) return CUDA_ERROR_INVALID_VALUE;

@@ -145,6 +145,18 @@ Stream* find_stream(CUstream handle);
 void count(Call call, Context& context);
 void count(Call call, Stream& stream);
 
+// ---- faults.cpp ----
+
+// The error with which a test wants this call of the calling thread to fail, or success.
+extern "C" unsigned stand_in_next_fault(const char* call);
+CUresult next_fault(const char* call);
+
+#define MAY_FAIL()                               \
+  do {                                           \
+    const CUresult fault = next_fault(__func__); \
+    if (fault != CUDA_SUCCESS) return fault;     \
+  } while (0)
+
 // ---- launch.cpp ----
 
 struct LaunchRequest {

@@ -23,6 +23,7 @@ enum class State : uint8_t {
   AT_CLUSTER_WAIT,
   AT_GRID_BARRIER,
   AT_MBARRIER,
+  AT_COUNTER,
   EXITED,
 };
 
@@ -75,6 +76,14 @@ struct Block {
   unsigned visitor_leaves;
 };
 
+// A thread's own copy into shared memory, which ends when the thread waits for its group.
+struct ThreadCopy {
+  unsigned char* to;
+  const void* from;
+  unsigned bytes;
+  unsigned group;
+};
+
 struct Thread {
   Fiber fiber;
   Gang* gang;
@@ -95,6 +104,9 @@ struct Thread {
   enum : unsigned { PHASES = 4 };
   uint32_t arrival_clocks[PHASES];
   Knowledge acquired;  // since the last block barrier
+  std::vector<ThreadCopy> copies;
+  unsigned copy_group;    // of the copies that are started now
+  uint32_t bulk_fence;    // clock from which on what it stores is not fenced off from bulk copies
 };
 
 // An mbarrier's true state: the eight bytes in shared memory only stand for it.
@@ -159,6 +171,7 @@ struct Gang {
   unsigned grid_arrived = 0;
   std::unordered_map<uintptr_t, Mbarrier> mbarriers;
   std::vector<BulkCopy> copies;
+  std::unordered_map<uintptr_t, std::vector<Thread*>> counter_waiters;  // by the counter's address
   unsigned char* shared_begin = nullptr;
   size_t shared_stride = 0;
   // Allocations that were accessed lately, in no order: a kernel has few of them.
@@ -235,9 +248,11 @@ inline const char* verb(Direction direction) { return direction == Direction::LO
 void check_global_order(Thread& thread, const AddressRange& range, uintptr_t address, size_t bytes, Direction direction,
                         Origin origin, bool atomic = false);
 void check_shared_order(Thread& thread, size_t offset, size_t bytes, Direction direction, Origin origin);
-// A bulk copy into shared memory begins or ends.
+// A copy into shared memory begins or ends.
 void begin_copy(Thread& thread, size_t offset, size_t bytes, Origin origin);
 void end_copy(Gang& gang, size_t offset, size_t bytes);
+// What threads stored there must have been fenced off before a bulk copy may come.
+void check_bulk_fence(Thread& thread, size_t offset, size_t bytes, Origin origin);
 
 // The thread's clock moves on: what it did so far is told apart from what it does next.
 inline uint32_t tick(Thread& thread) {
@@ -250,3 +265,5 @@ uint32_t meet(Thread* first, unsigned count, unsigned mask = ~0u);
 void release(Thread& thread, Knowledge& into);
 // Both halves of an arrival at a counter in global memory, with the counting in between.
 unsigned arrive_in_order(Thread& thread, unsigned* counter);
+// From now on the thread knows what all have done who arrived at the counter.
+void acquire_counter(Thread& thread, const unsigned* counter);

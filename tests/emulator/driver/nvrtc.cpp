@@ -29,6 +29,15 @@
 
 extern char** environ;
 
+// The driver's, where it is loaded: see faults.cpp.
+extern "C" __attribute__((weak)) unsigned stand_in_next_fault(const char* call);
+
+#define MAY_FAIL()                                                                              \
+  do {                                                                                          \
+    const unsigned fault = stand_in_next_fault ? stand_in_next_fault(__func__) : NVRTC_SUCCESS; \
+    if (fault) return nvrtcResult(fault);                                                       \
+  } while (0)
+
 namespace {
 
 enum nvrtcResult {
@@ -428,12 +437,14 @@ nvrtcResult nvrtcVersion(int* major, int* minor) {
 }
 
 nvrtcResult nvrtcGetNumSupportedArchs(int* number) {
+  MAY_FAIL();
   if (!number) return NVRTC_ERROR_INVALID_INPUT;
   *number = int(std::end(ARCHITECTURES) - std::begin(ARCHITECTURES));
   return NVRTC_SUCCESS;
 }
 
 nvrtcResult nvrtcGetSupportedArchs(int* architectures) {
+  MAY_FAIL();
   if (!architectures) return NVRTC_ERROR_INVALID_INPUT;
   std::copy(std::begin(ARCHITECTURES), std::end(ARCHITECTURES), architectures);
   return NVRTC_SUCCESS;
@@ -441,6 +452,7 @@ nvrtcResult nvrtcGetSupportedArchs(int* architectures) {
 
 nvrtcResult nvrtcCreateProgram(void** handle, const char* source, const char* name, int header_count,
                                const char* const*, const char* const*) {
+  MAY_FAIL();
   if (!handle || !source || header_count < 0) return NVRTC_ERROR_INVALID_INPUT;
   // Sources come flattened: there is nothing to include.
   if (header_count > 0) return NVRTC_ERROR_PROGRAM_CREATION_FAILURE;
@@ -452,6 +464,7 @@ nvrtcResult nvrtcCreateProgram(void** handle, const char* source, const char* na
 }
 
 nvrtcResult nvrtcDestroyProgram(void** handle) {
+  MAY_FAIL();
   if (!handle) return NVRTC_ERROR_INVALID_PROGRAM;
   std::lock_guard<std::mutex> lock(programs_mutex);
   auto found = programs.find(static_cast<Program*>(*handle));
@@ -462,6 +475,7 @@ nvrtcResult nvrtcDestroyProgram(void** handle) {
 }
 
 nvrtcResult nvrtcCompileProgram(void* handle, int option_count, const char* const* option_list) {
+  MAY_FAIL();
   Program* program = find_program(handle);
   if (!program) return NVRTC_ERROR_INVALID_PROGRAM;
   if (option_count < 0 || (option_count > 0 && !option_list)) return NVRTC_ERROR_INVALID_INPUT;
@@ -493,36 +507,42 @@ nvrtcResult nvrtcCompileProgram(void* handle, int option_count, const char* cons
 
 // Texts are handed out with the zero at their end, images without.
 nvrtcResult nvrtcGetPTXSize(void* handle, size_t* bytes) {
+  MAY_FAIL();
   Program* program = find_program(handle);
   if (!program) return NVRTC_ERROR_INVALID_PROGRAM;
   *bytes = program->ptx.size() + 1;
   return NVRTC_SUCCESS;
 }
 nvrtcResult nvrtcGetPTX(void* handle, char* ptx) {
+  MAY_FAIL();
   Program* program = find_program(handle);
   if (!program) return NVRTC_ERROR_INVALID_PROGRAM;
   copy_out(program->ptx + '\0', ptx);
   return NVRTC_SUCCESS;
 }
 nvrtcResult nvrtcGetCUBINSize(void* handle, size_t* bytes) {
+  MAY_FAIL();
   Program* program = find_program(handle);
   if (!program) return NVRTC_ERROR_INVALID_PROGRAM;
   *bytes = program->cubin.size();
   return NVRTC_SUCCESS;
 }
 nvrtcResult nvrtcGetCUBIN(void* handle, char* cubin) {
+  MAY_FAIL();
   Program* program = find_program(handle);
   if (!program) return NVRTC_ERROR_INVALID_PROGRAM;
   copy_out(program->cubin, cubin);
   return NVRTC_SUCCESS;
 }
 nvrtcResult nvrtcGetProgramLogSize(void* handle, size_t* bytes) {
+  MAY_FAIL();
   Program* program = find_program(handle);
   if (!program) return NVRTC_ERROR_INVALID_PROGRAM;
   *bytes = program->log.size() + 1;
   return NVRTC_SUCCESS;
 }
 nvrtcResult nvrtcGetProgramLog(void* handle, char* log) {
+  MAY_FAIL();
   Program* program = find_program(handle);
   if (!program) return NVRTC_ERROR_INVALID_PROGRAM;
   copy_out(program->log + '\0', log);

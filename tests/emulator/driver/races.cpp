@@ -149,7 +149,7 @@ void check_shared_order(Thread& thread, size_t offset, size_t bytes, Direction d
     const Stamp mine = thread.stamp | touched;
     if (cell.store == IN_FLIGHT) {
       fault(thread, CUDA_ERROR_LAUNCH_FAILED, origin,
-            "%s of shared memory at byte %zu while a bulk copy into it is in flight: its mbarrier must be waited for",
+            "%s of shared memory at byte %zu while a copy into it is in flight: it must be waited for",
             verb(direction), in_block);
     }
     if (conflicts(thread, mine, cell.store)) {
@@ -192,6 +192,20 @@ void end_copy(Gang& gang, size_t offset, size_t bytes) {
   // Nobody's store: who loads from now on has waited, or was found out before.
   for (size_t granule = offset / GRANULE; granule < (offset + bytes) / GRANULE; granule++) {
     gang.shared_cells[granule] = {};
+  }
+}
+
+void check_bulk_fence(Thread& thread, size_t offset, size_t bytes, Origin origin) {
+  const Gang& gang = *thread.gang;
+  for (size_t granule = offset / GRANULE; granule < (offset + bytes) / GRANULE; granule++) {
+    const Gang::SharedCell& cell = gang.shared_cells[granule];
+    if (cell.store == 0 || cell.store == IN_FLIGHT) continue;
+    const Thread& writer = gang.threads[thread_of(cell.store) - gang.first_block * thread.block->threads];
+    if (clock_of(cell.store) < writer.bulk_fence) continue;
+    fault(thread, CUDA_ERROR_LAUNCH_FAILED, origin,
+          "bulk_copy over shared memory at byte %zu, and %s without a bulk_fence since: the copy may come before the "
+          "store",
+          granule * GRANULE % gang.shared_stride, describe(gang, cell.store, "stored", cell.store_place).c_str());
   }
 }
 
@@ -238,4 +252,10 @@ unsigned arrive_in_order(Thread& thread, unsigned* counter) {
   thread.acquired.join(known);
   release(thread, known);
   return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
+}
+
+void acquire_counter(Thread& thread, const unsigned* counter) {
+  LaunchState& state = *thread.gang->state;
+  std::lock_guard<std::mutex> lock(state.mutex);
+  thread.acquired.join(state.counters[reinterpret_cast<uintptr_t>(counter)]);
 }

@@ -84,6 +84,8 @@ const char* text_of(State state) {
       return "at a grid barrier";
     case State::AT_MBARRIER:
       return "waiting for an mbarrier";
+    case State::AT_COUNTER:
+      return "waiting for arrivals at a counter";
     case State::EXITED:
       return "exited";
   }
@@ -291,6 +293,7 @@ void Gang::start_blocks(uint64_t first) {
   grid_arrived = 0;
   mbarriers.clear();
   copies.clear();
+  counter_waiters.clear();
   memset(shared_begin, POISON, shared_stride * blocks.size());
   std::fill(shared_cells.begin(), shared_cells.end(), SharedCell{});
   std::fill(shared_written.begin(), shared_written.end(), 0);
@@ -303,6 +306,9 @@ void Gang::start_blocks(uint64_t first) {
     thread.cluster_arrivals = thread.cluster_waits = 0;
     std::fill(std::begin(thread.arrival_clocks), std::end(thread.arrival_clocks), 0);
     thread.acquired.clear();
+    thread.copies.clear();
+    thread.copy_group = 0;
+    thread.bulk_fence = 0;
     fiber_start(thread.fiber, thread.stack, STACK_BYTES, run_thread, &thread, state->portable_fibers);
     make_ready(thread);
   }

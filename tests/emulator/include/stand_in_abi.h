@@ -52,6 +52,7 @@ unsigned char* stand_in_shared_memory() STAND_IN_CONSTANT;
 StandInBits stand_in_load(const void* from, unsigned bytes, StandInCaching caching, StandInPlace place);
 void stand_in_store(void* to, StandInBits value, unsigned bytes, StandInCaching caching, StandInPlace place);
 unsigned stand_in_arrive(unsigned* counter, StandInPlace place);
+void stand_in_await_arrivals(const unsigned* counter, unsigned arrivals, StandInPlace place);
 
 StandInBits stand_in_warp(StandInWarpOperation operation, unsigned mask, StandInBits value, unsigned operand,
                           StandInPlace place);
@@ -70,4 +71,10 @@ void stand_in_mbarrier_arrive(unsigned long long* barrier, unsigned expected_byt
 void stand_in_mbarrier_wait(unsigned long long* barrier, unsigned parity, StandInPlace place);
 void stand_in_bulk_copy(void* shared, const void* global, unsigned bytes, unsigned long long* barrier,
                         StandInPlace place);
+void stand_in_bulk_fence();
+
+// Copies of one thread, by groups.
+void stand_in_copy_async(void* shared, const void* global, unsigned bytes, StandInPlace place);
+void stand_in_copy_commit();
+void stand_in_copy_wait(unsigned groups, StandInPlace place);
 }

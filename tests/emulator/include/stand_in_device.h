@@ -33,6 +33,9 @@
 // As KERNEL, in clusters of CLUSTER blocks along x without the launch saying so.
 #define CLUSTER_KERNEL(name, Arguments, THREADS, CLUSTER) STAND_IN_KERNEL(name, Arguments, THREADS, CLUSTER)
 
+// A resident kernel, with the constants of its compilation.
+#define RESIDENT_KERNEL(name, Arguments) STAND_IN_KERNEL(name, Arguments, THREADS, (CLUSTER > 1 ? CLUSTER : 0))
+
 DEVICE u8* shared_memory() { return stand_in_shared_memory(); }
 
 // ---- bits ----------------------------------------------------------------------------------------------------------
@@ -139,6 +142,18 @@ DEVICE void store_streaming(T* to, const Vector<T, N>& value, STAND_IN_CALLER) {
   stand_in_store(to, to_bits(value), N * sizeof(T), STAND_IN_STREAMING, {file, line});
 }
 
+// ---- shared memory -------------------------------------------------------------------------------------------------
+
+// Whole vectors of this block's shared memory.
+template <int N, class T>
+DEVICE Vector<T, N> load_shared(const T* from) {
+  return *(const Vector<T, N>*)from;
+}
+template <int N, class T>
+DEVICE void store_shared(T* to, const Vector<T, N>& value) {
+  *(Vector<T, N>*)to = value;
+}
+
 // ---- threads of a warp, a block, the grid --------------------------------------------------------------------------
 
 enum : u32 { ALL_LANES = 0xffffffffu };
@@ -181,6 +196,11 @@ DEVICE void warp_barrier(u32 mask = ALL_LANES, STAND_IN_CALLER) {
 DEVICE void block_barrier(STAND_IN_CALLER) { stand_in_block_barrier({file, line}); }
 
 DEVICE u32 arrive(u32* counter, STAND_IN_CALLER) { return stand_in_arrive(counter, {file, line}); }
+
+// Waits until so many have arrived at the counter, in a cooperative launch, and sees what they wrote before.
+DEVICE void await_arrivals(const u32* counter, u32 arrivals, STAND_IN_CALLER) {
+  stand_in_await_arrivals(counter, arrivals, {file, line});
+}
 
 // All threads of a cooperative launch have arrived, and what they wrote to global memory is seen. The counter is one of
 // global memory that begins at zero and serves this launch alone; every block adds one to it at each barrier.
@@ -235,4 +255,20 @@ DEVICE void mbarrier_wait(u64* barrier, u32 parity, STAND_IN_CALLER) {
 // Starts a copy from global to shared memory; 16-byte aligned at both ends and in size. Its bytes count at the barrier.
 DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier, STAND_IN_CALLER) {
   stand_in_bulk_copy(shared, global, bytes, barrier, {file, line});
+}
+// What this thread did to shared memory comes before the bulk copies that are started behind the next barrier.
+DEVICE void bulk_fence() { stand_in_bulk_fence(); }
+
+// Starts this thread's copy of N elements from global to shared memory. They are there once the thread has waited, and
+// for other threads after a barrier behind that.
+template <int N, class T>
+DEVICE void copy_async(T* shared, const T* global, STAND_IN_CALLER) {
+  stand_in_copy_async(shared, global, N * sizeof(T), {file, line});
+}
+// Closes a group: the copies that the thread started since the last one.
+DEVICE void copy_commit() { stand_in_copy_commit(); }
+// Waits for all groups of the thread but the newest GROUPS.
+template <int GROUPS>
+DEVICE void copy_wait(STAND_IN_CALLER) {
+  stand_in_copy_wait(GROUPS, {file, line});
 }

@@ -13,7 +13,7 @@
 //! loads what nobody wrote, and whether something orders it after those accesses of other threads that it must not meet.
 //! What a kernel does wrong makes its launch fail, and [`last_fault`] tells what it was. Beside CUDA's own interface, the functions here
 //! tell what was launched ([`launches`]), what was called ([`thread_calls`]) and what is allocated ([`live_memory`]),
-//! and set what a real machine would fix.
+//! let a call fail ([`inject_fault`]), and set what a real machine would fix.
 //!
 //! Handles are passed as the raw pointers that `cudarc` gives (`CudaStream::cu_stream`, `CudaContext::cu_ctx`). The
 //! null stream is that of the calling thread's current context. As all tests of a process share the context of a
@@ -28,9 +28,10 @@ mod library;
 mod profiles;
 
 pub use library::{
-    Calls, Launch, LiveMemory, SourcePatches, context_calls, create_context, driver_version, install, last_fault,
-    launches, live_memory, nvrtc_version, patch_sources, set_driver_version, set_empty_launches, set_memory_limit,
-    set_no_device, set_nvrtc_version, set_schedule, stream_calls, thread_calls, use_portable_fibers,
+    Calls, Launch, LiveMemory, SourcePatches, WatchedCalls, context_calls, create_context, driver_version,
+    inject_fault, install, last_fault, launches, live_memory, nvrtc_version, patch_sources, set_driver_version,
+    set_empty_launches, set_memory_limit, set_no_device, set_nvrtc_version, set_schedule, stream_calls, thread_calls,
+    use_portable_fibers, watch_calls,
 };
 pub use profiles::{PROFILES, Profile, ordinal};
 

@@ -114,6 +114,8 @@ struct Library {
     set_empty_launches: unsafe extern "C" fn(usize, bool) -> c_uint,
     take_fault: unsafe extern "C" fn(extern "C" fn(*const c_char, *mut c_void), *mut c_void),
     set_schedule: unsafe extern "C" fn(bool, u64),
+    watch_calls: unsafe extern "C" fn(u64, c_uint),
+    end_watching: unsafe extern "C" fn(extern "C" fn(*const c_char, *mut c_void), *mut c_void),
     add_patch: unsafe extern "C" fn(*const c_char, *const c_char),
     clear_patches: unsafe extern "C" fn() -> usize,
     initialise: unsafe extern "C" fn(c_uint) -> c_uint,
@@ -169,6 +171,8 @@ mod loading {
                 set_empty_launches: symbol(&driver, "stand_in_set_empty_launches"),
                 take_fault: symbol(&driver, "stand_in_take_fault"),
                 set_schedule: symbol(&driver, "stand_in_set_schedule"),
+                watch_calls: symbol(&driver, "stand_in_watch_calls"),
+                end_watching: symbol(&driver, "stand_in_end_watching"),
                 add_patch: symbol(&nvrtc, "stand_in_add_patch"),
                 clear_patches: symbol(&nvrtc, "stand_in_clear_patches"),
                 initialise: symbol(&driver, "cuInit"),
@@ -391,6 +395,65 @@ pub fn set_schedule(seed: Option<u64>) {
     unsafe { (library().set_schedule)(seed.is_some(), seed.unwrap_or(0)) }
 }
 
+/// The calling thread's calls of the driver and of NVRTC are noted, and one of them may be made to fail, as long as this
+/// lives. See [`watch_calls`] and [`inject_fault`].
+#[must_use = "calls are noted as long as this lives"]
+pub struct WatchedCalls {
+    /// Calls belong to the thread.
+    not_send: PhantomData<*const ()>,
+}
+
+/// Notes the calls that the calling thread makes from now on: all that may fail for reasons of the machine. Not noted are
+/// questions for the text of an error, and for NVRTC's version, which fail by a wrong argument only.
+///
+/// # Panics
+///
+/// If the thread's calls are watched already.
+pub fn watch_calls() -> WatchedCalls {
+    inject_fault(0, 0)
+}
+
+/// Lets the call of this number, counted from 0 as [`watch_calls`] notes them, fail with this code (`CUresult`, or
+/// `nvrtcResult` of a function of NVRTC) before it does anything. All calls after it work again.
+///
+/// # Panics
+///
+/// If the thread's calls are watched already.
+pub fn inject_fault(number: u64, code: u32) -> WatchedCalls {
+    assert!(!WATCHED.replace(true), "one watch at a time");
+    // SAFETY: integers are passed.
+    unsafe { (library().watch_calls)(number, code) };
+    WatchedCalls { not_send: PhantomData }
+}
+
+impl WatchedCalls {
+    /// Ends the watch: the names of the functions that were called, in their order.
+    pub fn finish(self) -> Vec<String> {
+        let calls = end_watching();
+        std::mem::forget(self);
+        calls
+    }
+}
+
+impl Drop for WatchedCalls {
+    fn drop(&mut self) {
+        end_watching();
+    }
+}
+
+fn end_watching() -> Vec<String> {
+    extern "C" fn each(name: *const c_char, calls: *mut c_void) {
+        // SAFETY: the driver passes a C string that lives during this call, and back what was passed to it below.
+        let (name, calls) = unsafe { (CStr::from_ptr(name), &mut *calls.cast::<Vec<String>>()) };
+        calls.push(name.to_string_lossy().into_owned());
+    }
+    WATCHED.set(false);
+    let mut calls: Vec<String> = Vec::new();
+    // SAFETY: `each` gets the list back while it is borrowed here alone.
+    unsafe { (library().end_watching)(each, (&raw mut calls).cast()) };
+    calls
+}
+
 /// Changes of kernel sources in the programs that the calling thread makes with NVRTC, as long as this lives: for
 /// seeding bugs. See [`patch_sources`].
 #[must_use = "the sources are as they were once this is dropped"]
@@ -437,6 +500,8 @@ impl Drop for SourcePatches {
 thread_local! {
     /// Whether the thread has patches alive.
     static PATCHED: Cell<bool> = const { Cell::new(false) };
+    /// Whether the thread's calls are watched.
+    static WATCHED: Cell<bool> = const { Cell::new(false) };
 }
 
 fn end_patches() -> usize {

@@ -158,6 +158,18 @@ const SMALL_90: Profile = Profile {
     ..H200
 };
 
+/// A B200 in small, with room on chip for every walk of the resident kernels.
+const SMALL_100: Profile = Profile {
+    name: "small-100",
+    device_name: "Stand-in small-100",
+    multiprocessors: 3,
+    shared_per_block: 32 << 10,
+    shared_per_block_opt_in: 32 << 10,
+    shared_per_multiprocessor: 66 << 10,
+    l2_bytes: 96 << 10,
+    ..B200
+};
+
 /// A T4 in small.
 const SMALL_75: Profile = Profile {
     name: "small-75",
@@ -201,7 +213,9 @@ const TOO_OLD: Profile = Profile {
 };
 
 /// The devices in the order of their ordinals.
-pub const PROFILES: [Profile; 9] = [H200, T4, A100, RTX_4090, B200, SMALL_90, SMALL_75, SMALL_GRID, TOO_OLD];
+pub const PROFILES: [Profile; 10] = [
+    H200, T4, A100, RTX_4090, B200, SMALL_90, SMALL_100, SMALL_75, SMALL_GRID, TOO_OLD,
+];
 
 /// The ordinal under which the stand-in presents the device of this name, for `CudaContext::new`.
 ///

@@ -330,7 +330,7 @@ fn a_bulk_copy_has_arrived_when_its_barrier_says_so() {
 fn who_does_not_wait_for_a_bulk_copy_is_found_out() {
     run_bulk(1, "block_barrier();").unwrap_err();
     let text = emulator::last_fault().unwrap();
-    assert!(text.contains("while a bulk copy into it is in flight"), "{text}");
+    assert!(text.contains("while a copy into it is in flight"), "{text}");
 }
 
 #[test]

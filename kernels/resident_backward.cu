@@ -1,0 +1,129 @@
+// A whole backward pass by batch statistics in one launch: the gradients at x, and at the residual, weight and bias.
+//
+//   dx = weight * invstd * (g - (Σ g + x̂ * Σ g x̂) / n),  x̂ = (x - mean) * invstd,  dz = g,
+//
+// where g is the gradient at y as far as the epilogue lets it pass.
+//
+// Reads x and dy once (and y for the residual form) and writes dx once (and dz): 3T bytes, 5T with a residual. Per
+// block and strip it reads the per-channel numbers of the forward pass; per channel it writes the gradients at weight
+// and bias if they are wanted. A grid team also writes and reads one partial result per channel and block.
+//
+// Called by the launcher of backward passes. Blocks of THREADS threads, a whole number of teams of `splits` blocks
+// each; shared memory as resident.cuh lays it out: x and dy are held, and behind a relu g takes the place of dy. dx may
+// lie over dy.
+#include "epilogue.cuh"
+#include "resident.cuh"
+#include "sums.cuh"
+
+struct Arguments {
+  const Element* x;
+  const Element* y;
+  const Element* dy;
+  Element* dx;  // absent: not wanted
+  Element* dz;  // absent: not wanted
+  Normalisation normalisation;
+  Partials partials;
+  ParameterGradients gradients;
+  u64 values;  // n
+  Tiling tiling;
+};
+
+enum { MEAN_GRADIENT = Staged::ROWS, SLOPE, ROWS };
+
+typedef Chip<2, ROWS> BackwardChip;
+
+DEVICE void stage_normalisation(const Arguments& arguments, const Task& task, const Staged& staged) {
+  for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS)
+    staged.put(arguments.normalisation, task, channel);
+  block_barrier();
+}
+
+DEVICE void find_sums(const Arguments& arguments, const Task& task, const BackwardChip& chip, u32 stage, u32 lap) {
+  const Tiling& tiling = arguments.tiling;
+  const Staged staged = chip.staged();
+  Element* const gradients = chip.buffer(stage, 1);
+  Walk walk(tiling, task, arguments.x);
+  const Normaliser normaliser(staged, tiling, task, walk);
+  ThreadSums found;
+  while (!walk.done()) {
+    Span spans[UNROLL];
+    Pack x[UNROLL], y[UNROLL], dy[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      spans[u] = walk.next();
+      x[u] = take(chip.buffer(stage, 0), spans[u]);
+      dy[u] = take(gradients, spans[u]);
+      if (HAS_RESIDUAL) y[u] = load_span<LastUse>(arguments.y, spans[u]);
+    }
+    found.begin_chunk();
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      Pack passed;
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++) {
+        const Element seen =
+            HAS_RESIDUAL ? y[u].lane[e] : forward_epilogue(normaliser.normalised(x[u].lane[e], e), Element());
+        const Real g = owns(spans[u], e) ? backward_epilogue(to_real(dy[u].lane[e]), seen) : Real(0);
+        const Real distance = owns(spans[u], e) ? normaliser.centred(x[u].lane[e], e) : Real(0);
+        found.add(e, g, distance);
+        from_real(g, passed.lane[e]);
+      }
+      if (HAS_RELU && owns_any(spans[u])) store_shared<VECTOR>(gradients + (Index)spans[u].place * VECTOR, passed);
+    }
+    found.end_chunk();
+  }
+
+  Sums states[LANES];
+  found.put_down(states);
+  reduce_over_team(chip, tiling, task, states, arguments.partials, lap, [&](u32 channel, const Sums& total) {
+    const Real values = (Real)arguments.values, invstd = staged.at(Staged::INVSTD, channel);
+    staged.at(MEAN_GRADIENT, channel) = divide_rn(total.gradient, values);
+    staged.at(SLOPE, channel) = slope_of(total.centred, invstd, values);
+    if (task.split == 0 && arguments.gradients.weight)
+      arguments.gradients.write(task.channel + channel, total.gradient, total.centred, invstd);
+  });
+}
+
+DEVICE void apply_gradient(const Arguments& arguments, const Task& task, const BackwardChip& chip, u32 stage) {
+  const Tiling& tiling = arguments.tiling;
+  const Staged staged = chip.staged();
+  Walk walk(tiling, task, arguments.x);
+  const PerLane pivot(staged, Staged::PIVOT, tiling, task, walk);
+  const PerLane mean_offset(staged, Staged::MEAN_OFFSET, tiling, task, walk);
+  const PerLane scale(staged, Staged::SCALE, tiling, task, walk);
+  const PerLane mean_gradient(staged, MEAN_GRADIENT, tiling, task, walk);
+  const PerLane slope(staged, SLOPE, tiling, task, walk);
+  while (!walk.done()) {
+    Span spans[UNROLL];
+    Pack x[UNROLL], g[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      spans[u] = walk.next();
+      x[u] = take(chip.buffer(stage, 0), spans[u]);
+      g[u] = take(chip.buffer(stage, 1), spans[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      Pack dx;
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++) {
+        const Real centred = (to_real(x[u].lane[e]) - pivot[e]) - mean_offset[e];
+        const Real shared = fma_rn(centred, slope[e], mean_gradient[e]);
+        from_real((to_real(g[u].lane[e]) - shared) * scale[e], dx.lane[e]);
+      }
+      if (arguments.dx) store_span(arguments.dx, spans[u], dx);
+      if (HAS_RESIDUAL && arguments.dz) store_span(arguments.dz, spans[u], g[u]);
+    }
+  }
+}
+
+RESIDENT_KERNEL(resident_backward, Arguments) {
+  const BackwardChip chip(shared_memory(), arguments.tiling);
+  const Element* const tensors[2] = {arguments.x, arguments.dy};
+  const auto begin = [&](const Task& task) { stage_normalisation(arguments, task, chip.staged()); };
+  const auto work = [&](const Task& task, u32 stage, u32 lap) {
+    find_sums(arguments, task, chip, stage, lap);
+    if (arguments.dx || arguments.dz) apply_gradient(arguments, task, chip, stage);
+  };
+  for_each_strip(chip, arguments.tiling, tensors, begin, work);
+}

@@ -1,0 +1,645 @@
+//! Batch normalisation for [candle](https://docs.rs/candle-core) (features `candle` and `candle-cuda`).
+//!
+//! # From candle-nn
+//!
+//! [`BatchNorm2d`] takes the place of [`candle_nn::BatchNorm`], and [`batch_norm`] that of [`candle_nn::batch_norm`]. Where
+//! a model says
+//!
+//! ```
+//! use candle_nn::{batch_norm, BatchNorm};
+//! ```
+//!
+//! it says
+//!
+//! ```
+//! use batchnorm_cuda::candle::{batch_norm, BatchNorm2d as BatchNorm};
+//! ```
+//!
+//! and all else stays:
+//!
+//! | with candle-nn | here |
+//! |---|---|
+//! | `batch_norm(channels, config, vb)` | the same, with candle-nn's own [`BatchNormConfig`] or a number for its eps |
+//! | `BatchNorm::new(..)`, `new_no_bias`, `new_with_momentum`, `new_no_bias_with_momentum` | the same |
+//! | `bn.forward_t(&x, train)`, `bn.forward_train(&x)` | the same |
+//! | `bn.forward_t(&x, train)?.relu()` | [`bn.forward_relu_t(&x, train)`](BatchNorm2d::forward_relu_t) |
+//! | `(bn.forward_t(&x, train)? + z)?.relu()` | [`bn.forward_add_relu_t(&x, &z, train)`](BatchNorm2d::forward_add_relu_t) |
+//! | `running_mean()`, `running_var()`, `weight_and_bias()`, `eps()`, `momentum()` | the same |
+//! | variables and checkpoints: `weight`, `bias`, `running_mean`, `running_var` | the same, in both directions |
+//! | no [`Module`]: a closure around `forward_t(x, false)` | [`bn.inference()`](BatchNorm2d::inference) |
+//! | nothing | [`bn.num_batches_tracked()`](BatchNorm2d::num_batches_tracked), and [`batch_norm2d`] with PyTorch's options |
+//!
+//! ```
+//! use batchnorm_cuda::candle::batch_norm;
+//! use candle_core::{DType, Device, ModuleT, Tensor};
+//! use candle_nn::{Optimizer, SGD, VarBuilder, VarMap};
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let device = Device::Cpu; // or Device::new_cuda(0)?, with the feature `candle-cuda`
+//! let variables = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&variables, DType::F32, &device);
+//! let bn = batch_norm(3, 1e-5, vb.pp("bn1"))?;
+//! let mut optimizer = SGD::new(variables.all_vars(), 0.1)?;
+//!
+//! let x = Tensor::arange(0f32, 48., &device)?.reshape((1, 3, 4, 4))?;
+//! let y = bn.forward_t(&x, true)?; // normalises by this batch, and moves the running statistics
+//! let start: Vec<String> = y.flatten_all()?.to_vec1::<f32>()?[..3].iter().map(|y| format!("{y:.4}")).collect();
+//! assert_eq!(start, ["-1.6270", "-1.4100", "-1.1931"]); // as PyTorch prints them
+//!
+//! optimizer.backward_step(&y.sqr()?.sum_all()?)?; // moves `bn1.weight` and `bn1.bias`
+//! let y = bn.forward_t(&x, false)?; // by the running statistics
+//! let y = bn.forward_relu_t(&y, false)?; // relu(bn(y)) in one pass
+//! let y = bn.forward_add_relu_t(&y, &x, false)?; // relu(bn(y) + x) in one pass
+//! # assert_eq!(y.dims(), x.dims());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What it costs
+//!
+//! A forward pass allocates y, and the backward pass the gradients that some variable needs. No other tensor of their
+//! size is made, nothing is copied to the host, and passes run in candle's own memory: on the CPU on candle's slices, on
+//! a GPU on candle's stream. (candle itself adds every gradient to a tensor of zeros that it makes for the purpose.)
+//! Scratch memory is kept by the module for the next step. Tensors whose memory is in the order N, C, H, W or N, H, W, C
+//! (`channels_last`, such as a permuted tensor) are taken as they are, at any offset, and y has the memory order of x;
+//! others are copied first, and a residual in another order than x is brought into that of x.
+//!
+//! # What is taken
+//!
+//! | tensors | parameters and running statistics |
+//! |---|---|
+//! | `F16`, `BF16`, `F32` | `F32` |
+//! | `F64` | `F64` |
+//!
+//! A [`VarBuilder`] of `F16` or `BF16` thus gives variables of `F32`. Tensors have the shape [N, C, ..] with at least two
+//! dimensions, as for candle-nn: [N, C], [N, C, L] and [N, C, D, H, W] too.
+//!
+//! # Differences from `candle_nn::BatchNorm`
+//!
+//! - Half-precision tensors can be trained with.
+//! - One value per channel in training is an error; candle-nn makes NaN of the running variance.
+//! - The running statistics are changed where they lie, by the kernel that computes y. Meanwhile their two variables are
+//!   locked, the mean first.
+//! - `remove_mean: false` is candle-nn's own code, unfused.
+//! - The operation has no second derivative.
+//!
+//! # Errors
+//!
+//! All are [`candle_core::Error`], with shape and dtype of the tensor as their context. What [`crate::Error`] says comes
+//! as its text.
+
+#[cfg(feature = "candle-cuda")]
+mod cuda;
+mod operation;
+mod shared;
+mod step;
+mod storage;
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Error, Module, ModuleT, Result, Tensor, Var};
+use candle_nn::{BatchNormConfig, Init, VarBuilder};
+
+use self::operation::{NAME, Operation, Statistics, Update};
+use self::shared::Shared;
+use crate::config::{BatchNorm2dConfig, Momentum};
+use crate::element::Dtype;
+use crate::epilogue::Epilogue;
+use crate::shape::{Layout, Shape};
+
+/// Batch normalisation over the second dimension of candle's tensors: see the [module's documentation](self).
+///
+/// Clones share parameters and running statistics, as those of [`candle_nn::BatchNorm`] do.
+#[derive(Clone, Debug)]
+pub struct BatchNorm2d {
+    config: BatchNorm2dConfig,
+    weight_and_bias: Option<(Tensor, Tensor)>,
+    running_mean: Var,
+    running_var: Var,
+    num_batches_tracked: Var,
+    shared: Arc<Shared>,
+    /// Set for candle's `remove_mean: false`, which this crate has no kernels for.
+    without_mean: Option<candle_nn::BatchNorm>,
+}
+
+/// As [`candle_nn::batch_norm`]: a module of the variables `running_mean`, `running_var` and, if affine, `weight` and
+/// `bias` under the builder's prefix. A number converts to a configuration with that eps.
+///
+/// Where the builder has `num_batches_tracked`, as PyTorch's files do, the count goes on from there; a new [`VarMap`]
+/// gets no such entry, so that its files and candle-nn's can take each other's place. ([`batch_norm2d`] makes one.)
+///
+/// [`VarMap`]: candle_nn::VarMap
+///
+/// # Errors
+/// Those of the builder; [`Error::UnexpectedDType`] where it holds variables of another dtype than the module needs;
+/// [`crate::Error::NoFeatures`], [`crate::Error::Eps`] and [`crate::Error::Momentum`].
+pub fn batch_norm<C: Into<BatchNormConfig>>(num_features: usize, config: C, vb: VarBuilder) -> Result<BatchNorm2d> {
+    let config: BatchNormConfig = config.into();
+    let vb = vb.to_dtype(parameter_dtype(vb.dtype())?);
+    let without_mean = if config.remove_mean {
+        None
+    } else {
+        Some(candle_nn::batch_norm(num_features, config, vb.clone())?)
+    };
+    let counted = vb.contains_tensor("num_batches_tracked");
+    let config = BatchNorm2dConfig::new(num_features)
+        .eps(config.eps)
+        .momentum(config.momentum)
+        .affine(config.affine);
+    let module = from_builder(config, &vb, counted)?;
+    Ok(match without_mean {
+        None => module,
+        // The variables of a builder that reads a file are copies: these are the ones that move.
+        Some(candle) => BatchNorm2d {
+            running_mean: Var::from_tensor(candle.running_mean())?,
+            running_var: Var::from_tensor(candle.running_var())?,
+            without_mean: Some(candle),
+            ..module
+        },
+    })
+}
+
+/// A module as PyTorch's `torch.nn.BatchNorm2d`, with all of its variables under the builder's prefix, as far as `config`
+/// has them: `weight`, `bias`, `running_mean`, `running_var`, `num_batches_tracked`.
+///
+/// # Errors
+/// As [`batch_norm`].
+pub fn batch_norm2d(config: BatchNorm2dConfig, vb: VarBuilder) -> Result<BatchNorm2d> {
+    let vb = vb.to_dtype(parameter_dtype(vb.dtype())?);
+    let tracked = config.track_running_stats;
+    from_builder(config, &vb, tracked)
+}
+
+fn from_builder(config: BatchNorm2dConfig, vb: &VarBuilder, counted: bool) -> Result<BatchNorm2d> {
+    let channels = config.num_features;
+    let (dtype, device) = (vb.dtype(), vb.device());
+    let vector = |name, value| vb.get_with_hints(channels, name, Init::Const(value));
+    let (mean, variance) = if config.track_running_stats {
+        (vector("running_mean", 0.0)?, vector("running_var", 1.0)?)
+    } else {
+        (
+            Tensor::zeros(channels, dtype, device)?,
+            Tensor::ones(channels, dtype, device)?,
+        )
+    };
+    let batches = if counted {
+        vb.get_with_hints_dtype((), "num_batches_tracked", Init::Const(0.0), DType::I64)?
+    } else {
+        Tensor::zeros((), DType::I64, device)?
+    };
+    let weight_and_bias = if config.affine {
+        Some((vector("weight", 1.0)?, vector("bias", 0.0)?))
+    } else {
+        None
+    };
+    BatchNorm2d::from_tensors(config, &mean, &variance, &batches, weight_and_bias)
+}
+
+impl BatchNorm2d {
+    /// As [`candle_nn::BatchNorm::new`]. Tensors that are no variables are copied for the running statistics.
+    ///
+    /// # Errors
+    /// [`Error::UnexpectedShape`], [`Error::UnexpectedDType`], [`Error::DeviceMismatchBinaryOp`] where the tensors do not
+    /// fit each other; [`crate::Error::NoFeatures`], [`crate::Error::Eps`].
+    pub fn new(
+        num_features: usize,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: f64,
+    ) -> Result<Self> {
+        let config = BatchNorm2dConfig::new(num_features).eps(eps);
+        Self::uncounted(config, running_mean, running_var, Some((weight, bias)))
+    }
+
+    /// As [`candle_nn::BatchNorm::new_no_bias`]: neither weight nor bias.
+    ///
+    /// # Errors
+    /// As [`BatchNorm2d::new`].
+    pub fn new_no_bias(num_features: usize, running_mean: Tensor, running_var: Tensor, eps: f64) -> Result<Self> {
+        let config = BatchNorm2dConfig::new(num_features).eps(eps).affine(false);
+        Self::uncounted(config, running_mean, running_var, None)
+    }
+
+    /// As [`candle_nn::BatchNorm::new_with_momentum`].
+    ///
+    /// # Errors
+    /// As [`BatchNorm2d::new`], and [`crate::Error::Momentum`].
+    pub fn new_with_momentum(
+        num_features: usize,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: f64,
+        momentum: f64,
+    ) -> Result<Self> {
+        let config = BatchNorm2dConfig::new(num_features).eps(eps).momentum(momentum);
+        Self::uncounted(config, running_mean, running_var, Some((weight, bias)))
+    }
+
+    /// As [`candle_nn::BatchNorm::new_no_bias_with_momentum`].
+    ///
+    /// # Errors
+    /// As [`BatchNorm2d::new_with_momentum`].
+    pub fn new_no_bias_with_momentum(
+        num_features: usize,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: f64,
+        momentum: f64,
+    ) -> Result<Self> {
+        let config = BatchNorm2dConfig::new(num_features)
+            .eps(eps)
+            .momentum(momentum)
+            .affine(false);
+        Self::uncounted(config, running_mean, running_var, None)
+    }
+
+    fn uncounted(
+        config: BatchNorm2dConfig,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight_and_bias: Option<(Tensor, Tensor)>,
+    ) -> Result<Self> {
+        let batches = Tensor::zeros((), DType::I64, running_mean.device())?;
+        Self::from_tensors(config, &running_mean, &running_var, &batches, weight_and_bias)
+    }
+
+    fn from_tensors(
+        config: BatchNorm2dConfig,
+        running_mean: &Tensor,
+        running_var: &Tensor,
+        num_batches_tracked: &Tensor,
+        weight_and_bias: Option<(Tensor, Tensor)>,
+    ) -> Result<Self> {
+        config.validate().map_err(wrap)?;
+        let dtype = parameter_dtype(running_mean.dtype())?;
+        let device = running_mean.device();
+        let check = |name: &str, tensor: &Tensor| {
+            check_vector(tensor, config.num_features, dtype, device)
+                .map_err(|error| error.context(format!("{NAME}: {name}")))
+        };
+        check("running_mean", running_mean)?;
+        check("running_var", running_var)?;
+        if let Some((weight, bias)) = &weight_and_bias {
+            check("weight", weight)?;
+            check("bias", bias)?;
+        }
+        let module = Self {
+            config,
+            weight_and_bias,
+            running_mean: Var::from_tensor(running_mean)?,
+            running_var: Var::from_tensor(running_var)?,
+            num_batches_tracked: Var::from_tensor(num_batches_tracked)?,
+            shared: Arc::default(),
+            without_mean: None,
+        };
+        module.check_apart()?;
+        Ok(module)
+    }
+
+    /// Refuses running statistics that share memory with each other or with the parameters: a pass locks them to write.
+    fn check_apart(&self) -> Result<()> {
+        let address = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr();
+        let (mean, variance) = (address(&self.running_mean), address(&self.running_var));
+        let shared = |tensor: &Tensor| [mean, variance].contains(&address(tensor));
+        let parameters = self.weight_and_bias.as_ref();
+        if mean == variance || parameters.is_some_and(|(weight, bias)| shared(weight) || shared(bias)) {
+            return Err(Error::msg(format_args!(
+                "{NAME}: running_mean and running_var must not share memory with each other, weight or bias"
+            ))
+            .bt());
+        }
+        Ok(())
+    }
+
+    /// What the module was made from.
+    pub fn config(&self) -> &BatchNorm2dConfig {
+        &self.config
+    }
+
+    /// The running mean per channel; zeros in a module that tracks none.
+    pub fn running_mean(&self) -> &Tensor {
+        self.running_mean.as_tensor()
+    }
+
+    /// The running (unbiased) variance per channel; ones in a module that tracks none.
+    pub fn running_var(&self) -> &Tensor {
+        self.running_var.as_tensor()
+    }
+
+    /// How many batches have moved the running statistics: a scalar of `I64`, on the module's device.
+    pub fn num_batches_tracked(&self) -> &Tensor {
+        self.num_batches_tracked.as_tensor()
+    }
+
+    /// Added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.config.eps
+    }
+
+    /// Weight and bias per channel, if affine.
+    pub fn weight_and_bias(&self) -> Option<(&Tensor, &Tensor)> {
+        self.weight_and_bias.as_ref().map(|(weight, bias)| (weight, bias))
+    }
+
+    /// How far a batch moves the running statistics. NaN for a cumulative average, which has no one number: see
+    /// [`BatchNorm2d::config`].
+    pub fn momentum(&self) -> f64 {
+        match self.config.momentum {
+            Momentum::Factor(momentum) => momentum,
+            Momentum::CumulativeAverage => f64::NAN,
+        }
+    }
+
+    /// `y = bn(x)` by the statistics of this batch, towards which the running statistics move:
+    /// [`forward_t`](ModuleT::forward_t) with `train`.
+    ///
+    /// # Errors
+    /// See [`BatchNorm2d::forward_relu_t`].
+    pub fn forward_train(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward(x, None, Epilogue::Identity, true)
+    }
+
+    /// `y = relu(bn(x))` in one pass. NaN stays NaN.
+    ///
+    /// # Errors
+    /// [`Error::UnexpectedNumberOfDims`] for fewer than two dimensions, [`Error::UnexpectedShape`] for another number of
+    /// channels, [`Error::UnexpectedDType`], [`Error::DeviceMismatchBinaryOp`]; [`crate::Error::OneValuePerChannel`] in
+    /// training, [`crate::Error::EmptyDimension`]; on a GPU those of [`crate::Cuda`], as [`Error::Cuda`].
+    pub fn forward_relu_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+        self.forward(x, None, Epilogue::Relu, train)
+    }
+
+    /// `y = relu(bn(x) + residual)` in one pass, the end of a residual block. The residual has the shape, dtype and device
+    /// of x. NaN stays NaN.
+    ///
+    /// # Errors
+    /// As [`BatchNorm2d::forward_relu_t`], and [`Error::ShapeMismatchBinaryOp`], [`Error::DTypeMismatchBinaryOp`].
+    pub fn forward_add_relu_t(&self, x: &Tensor, residual: &Tensor, train: bool) -> Result<Tensor> {
+        self.forward(x, Some(residual), Epilogue::AddRelu, train)
+    }
+
+    /// The module for inference alone, with the same parameters and running statistics: a [`Module`], for what takes no
+    /// `train`, such as [`candle_nn::Sequential`].
+    pub fn inference(&self) -> Inference {
+        Inference(self.clone())
+    }
+
+    fn forward(&self, x: &Tensor, residual: Option<&Tensor>, epilogue: Epilogue, train: bool) -> Result<Tensor> {
+        self.forward_checked(x, residual, epilogue, train).map_err(|error| {
+            error.context(format!(
+                "{NAME} of {} channels over x of shape {:?} and dtype {:?}",
+                self.config.num_features,
+                x.shape(),
+                x.dtype()
+            ))
+        })
+    }
+
+    fn forward_checked(
+        &self,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        epilogue: Epilogue,
+        train: bool,
+    ) -> Result<Tensor> {
+        let (shape, dtype) = self.check(x, residual)?;
+        let by_batch = train || !self.config.track_running_stats;
+        if by_batch && shape.values_per_channel().map_err(wrap)? == 1 {
+            return Err(wrap(crate::Error::OneValuePerChannel { shape }));
+        }
+        if let Some(candle) = &self.without_mean {
+            return unfused(candle, x, residual, epilogue, train);
+        }
+
+        let (x, layout) = in_memory_order(x)?;
+        let residual = residual.map(|residual| in_layout(residual, layout)).transpose()?;
+        let contiguous = |tensor: &Tensor| tensor.contiguous();
+        let parameters = match &self.weight_and_bias {
+            None => None,
+            Some((weight, bias)) => Some([contiguous(weight)?, contiguous(bias)?]),
+        };
+        let mut arguments = [&x].into_iter().chain(parameters.iter().flatten()).chain(&residual);
+        let statistics = self.statistics(train, arguments.any(Tensor::track_op))?;
+        let shape = Shape { layout, ..shape };
+        let operation = Operation::new(shape, dtype, epilogue, self.config.eps, statistics, self.shared.clone());
+        let y = operation.apply(&x, parameters.as_ref().map(<[Tensor; 2]>::each_ref), residual.as_ref())?;
+        match layout {
+            Layout::Nchw => Ok(y),
+            Layout::Nhwc => channels_second(&y),
+        }
+    }
+
+    /// Refuses what cannot be normalised, before anything is changed.
+    fn check(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<(Shape, Dtype)> {
+        let &[batch, channels, ref plane @ ..] = x.dims() else {
+            return Err(Error::UnexpectedNumberOfDims {
+                expected: 4,
+                got: x.rank(),
+                shape: x.shape().clone(),
+            }
+            .bt());
+        };
+        let (width, rows) = plane.split_last().unwrap_or((&1, &[]));
+        let shape = Shape::nchw(batch, channels, rows.iter().product(), *width);
+        if channels != self.config.num_features {
+            return Err(wrap(crate::Error::Channels {
+                shape,
+                expected: self.config.num_features,
+            }));
+        }
+        if shape.height == 0 || shape.width == 0 {
+            return Err(wrap(crate::Error::EmptyDimension { shape }));
+        }
+        let dtype = element_dtype(x.dtype(), self.running_mean.dtype())?;
+        check_device(self.running_mean.device(), x.device())?;
+        if let Some(residual) = residual {
+            if residual.shape() != x.shape() {
+                return Err(Error::ShapeMismatchBinaryOp {
+                    lhs: x.shape().clone(),
+                    rhs: residual.shape().clone(),
+                    op: NAME,
+                }
+                .bt());
+            }
+            if residual.dtype() != x.dtype() {
+                return Err(Error::DTypeMismatchBinaryOp {
+                    lhs: x.dtype(),
+                    rhs: residual.dtype(),
+                    op: NAME,
+                }
+                .bt());
+            }
+            check_device(x.device(), residual.device())?;
+        }
+        Ok((shape, dtype))
+    }
+
+    fn statistics(&self, train: bool, differentiable: bool) -> Result<Statistics> {
+        let tracked = self.config.track_running_stats;
+        if train || !tracked {
+            return Ok(Statistics::Batch {
+                update: (train && tracked).then(|| Update {
+                    mean: self.running_mean.clone(),
+                    variance: self.running_var.clone(),
+                    batches: self.num_batches_tracked.clone(),
+                    momentum: self.config.momentum,
+                    skip_non_finite: self.config.skip_non_finite,
+                }),
+            });
+        }
+        let (mean, variance) = (
+            self.running_mean.as_detached_tensor(),
+            self.running_var.as_detached_tensor(),
+        );
+        // The backward pass needs those of this call, and a step of training may move them before.
+        Ok(if differentiable {
+            Statistics::Running {
+                mean: mean.copy()?,
+                variance: variance.copy()?,
+            }
+        } else {
+            Statistics::Running { mean, variance }
+        })
+    }
+}
+
+impl ModuleT for BatchNorm2d {
+    /// `y = bn(x)`, in training (`train`) by the statistics of the batch, else by the running statistics.
+    fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+        self.forward(x, None, Epilogue::Identity, train)
+    }
+}
+
+/// A [`BatchNorm2d`] that only infers. Made by [`BatchNorm2d::inference`].
+#[derive(Clone, Debug)]
+pub struct Inference(BatchNorm2d);
+
+impl Module for Inference {
+    /// `y = bn(x)` by the running statistics.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.0.forward(x, None, Epilogue::Identity, false)
+    }
+}
+
+/// candle-nn's own normalisation, with the epilogue behind it.
+fn unfused(
+    candle: &candle_nn::BatchNorm,
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    epilogue: Epilogue,
+    train: bool,
+) -> Result<Tensor> {
+    let y = candle.forward_t(x, train)?;
+    match (epilogue, residual) {
+        (Epilogue::Identity, _) => Ok(y),
+        (_, None) => y.relu(),
+        (_, Some(residual)) => (y + residual)?.relu(),
+    }
+}
+
+/// The tensor as a contiguous one, and in which order: [N, C, ..], or [N, .., C]. Copies if it lies in neither.
+fn in_memory_order(x: &Tensor) -> Result<(Tensor, Layout)> {
+    if !x.is_contiguous() {
+        let last = channels_last(x)?;
+        if last.is_contiguous() {
+            return Ok((last, Layout::Nhwc));
+        }
+    }
+    Ok((x.contiguous()?, Layout::Nchw))
+}
+
+/// The tensor as a contiguous one in this order. Copies if it lies in another.
+fn in_layout(x: &Tensor, layout: Layout) -> Result<Tensor> {
+    match layout {
+        Layout::Nchw => x.contiguous(),
+        Layout::Nhwc => channels_last(x)?.contiguous(),
+    }
+}
+
+/// A view with the second dimension last.
+fn channels_last(x: &Tensor) -> Result<Tensor> {
+    let order: Vec<usize> = [0].into_iter().chain(2..x.rank()).chain([1]).collect();
+    x.permute(order)
+}
+
+/// A view with the last dimension second.
+fn channels_second(x: &Tensor) -> Result<Tensor> {
+    let last = x.rank() - 1;
+    let order: Vec<usize> = [0, last].into_iter().chain(1..last).collect();
+    x.permute(order)
+}
+
+/// The dtype of parameters and statistics in a model of this dtype.
+fn parameter_dtype(dtype: DType) -> Result<DType> {
+    match dtype {
+        DType::F16 | DType::BF16 | DType::F32 => Ok(DType::F32),
+        DType::F64 => Ok(DType::F64),
+        got => Err(unexpected_dtype(DType::F32, got)),
+    }
+}
+
+/// What this crate calls the dtype of a tensor, if it goes with parameters of this dtype.
+fn element_dtype(tensor: DType, parameters: DType) -> Result<Dtype> {
+    match (tensor, parameters) {
+        (DType::F16, DType::F32) => Ok(Dtype::F16),
+        (DType::BF16, DType::F32) => Ok(Dtype::Bf16),
+        (DType::F32, DType::F32) => Ok(Dtype::F32),
+        (DType::F64, DType::F64) => Ok(Dtype::F64),
+        (got, expected) => Err(unexpected_dtype(expected, got)),
+    }
+}
+
+fn unexpected_dtype(expected: DType, got: DType) -> Error {
+    Error::UnexpectedDType {
+        msg: "tensors of F16, BF16 and F32 go with parameters of F32, tensors of F64 with parameters of F64",
+        expected,
+        got,
+    }
+    .bt()
+}
+
+fn check_vector(tensor: &Tensor, channels: usize, dtype: DType, device: &Device) -> Result<()> {
+    if tensor.dims() != [channels] {
+        return Err(Error::UnexpectedShape {
+            msg: "one value per channel".into(),
+            expected: channels.into(),
+            got: tensor.shape().clone(),
+        }
+        .bt());
+    }
+    if tensor.dtype() != dtype {
+        return Err(unexpected_dtype(dtype, tensor.dtype()));
+    }
+    check_device(device, tensor.device())
+}
+
+fn check_device(expected: &Device, got: &Device) -> Result<()> {
+    if expected.same_device(got) {
+        return Ok(());
+    }
+    Err(Error::DeviceMismatchBinaryOp {
+        lhs: expected.location(),
+        rhs: got.location(),
+        op: NAME,
+    }
+    .bt())
+}
+
+/// An error of this crate as one of candle's.
+fn wrap(error: crate::Error) -> Error {
+    use crate::Error as Own;
+    match error {
+        Own::Unavailable(_)
+        | Own::Compile { .. }
+        | Own::Nvrtc { .. }
+        | Own::Driver { .. }
+        | Own::DeviceLost { .. }
+        | Own::Context { .. }
+        | Own::CaptureWithEventTracking => Error::Cuda(Box::new(error)).bt(),
+        _ => Error::wrap(error),
+    }
+}

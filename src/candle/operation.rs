@@ -1,0 +1,607 @@
+//! The operation that candle's graph holds: its pass forward, and its pass backward.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+#[cfg(feature = "candle-cuda")]
+use candle_core::CudaStorage;
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Result, Tensor, Var};
+
+use super::shared::{Kept, Purpose, Shared, lock};
+use super::step::{Gradients, Operands, Running, Step, evaluate};
+use super::storage::{Device, Stored, change, memory};
+use super::wrap;
+use crate::backend::{AsTensorMut, BackwardEpilogue, ForwardEpilogue, RunningUpdate};
+use crate::config::Momentum;
+use crate::cpu::Cpu;
+use crate::element::{Dtype, Element};
+use crate::epilogue::Epilogue;
+use crate::shape::Shape;
+
+/// The name that candle's messages call it by.
+pub(super) const NAME: &str = "batch-norm";
+
+/// `$body` with the type `$element` that `$dtype` stands for.
+macro_rules! with_element {
+    ($dtype:expr, $element:ident => $body:expr) => {
+        match $dtype {
+            Dtype::F16 => {
+                type $element = half::f16;
+                $body
+            }
+            Dtype::Bf16 => {
+                type $element = half::bf16;
+                $body
+            }
+            Dtype::F32 => {
+                type $element = f32;
+                $body
+            }
+            Dtype::F64 => {
+                type $element = f64;
+                $body
+            }
+        }
+    };
+}
+
+/// One call of a module.
+#[derive(Debug)]
+pub(super) struct Operation {
+    purpose: Purpose,
+    eps: f64,
+    statistics: Statistics,
+    shared: Arc<Shared>,
+    /// What the forward pass leaves for the backward pass.
+    step: Mutex<Option<Kept>>,
+    /// Whether another thread than that of the forward pass has used the step.
+    moved: AtomicBool,
+}
+
+/// What a call normalises by.
+#[derive(Debug)]
+pub(super) enum Statistics {
+    /// Those of its batch.
+    Batch {
+        /// The running statistics that they move, in training.
+        update: Option<Update>,
+    },
+    /// Given ones.
+    Running {
+        /// Mean per channel.
+        mean: Tensor,
+        /// Variance per channel.
+        variance: Tensor,
+    },
+}
+
+/// The running statistics that a call moves, and how.
+#[derive(Debug)]
+pub(super) struct Update {
+    pub(super) mean: Var,
+    pub(super) variance: Var,
+    pub(super) batches: Var,
+    pub(super) momentum: Momentum,
+    pub(super) skip_non_finite: bool,
+}
+
+/// The arguments of a call by what they are for.
+#[derive(Clone, Copy)]
+struct Arguments<A> {
+    x: A,
+    parameters: Option<Parameters<A>>,
+    residual: Option<A>,
+}
+
+/// Weight and bias. candle's operations have three arguments at most, so with a residual they are one tensor.
+#[derive(Clone, Copy)]
+enum Parameters<A> {
+    /// The weight, and the bias.
+    Apart([A; 2]),
+    /// The weight, with the bias behind it.
+    Joined(A),
+}
+
+impl<A> Arguments<A> {
+    fn of_one(x: A) -> Self {
+        Arguments {
+            x,
+            parameters: None,
+            residual: None,
+        }
+    }
+
+    fn of_two([x, residual]: [A; 2]) -> Self {
+        Arguments {
+            x,
+            parameters: None,
+            residual: Some(residual),
+        }
+    }
+
+    fn try_map<'a, B>(&'a self, mut f: impl FnMut(&'a A) -> Result<B>) -> Result<Arguments<B>> {
+        Ok(Arguments {
+            x: f(&self.x)?,
+            parameters: match &self.parameters {
+                None => None,
+                Some(Parameters::Apart([weight, bias])) => Some(Parameters::Apart([f(weight)?, f(bias)?])),
+                Some(Parameters::Joined(both)) => Some(Parameters::Joined(f(both)?)),
+            },
+            residual: self.residual.as_ref().map(f).transpose()?,
+        })
+    }
+}
+
+/// Where a tensor of candle's lies.
+type Place<'a, D> = (&'a <D as Device>::Storage, &'a Layout);
+
+/// The gradients at the arguments of a call, as far as candle needs them.
+struct Results {
+    x: Option<Tensor>,
+    /// At the weight, with that at the bias behind it.
+    parameters: Option<Tensor>,
+    residual: Option<Tensor>,
+}
+
+impl Operation {
+    pub(super) fn new(
+        shape: Shape,
+        dtype: Dtype,
+        epilogue: Epilogue,
+        eps: f64,
+        statistics: Statistics,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Self {
+            purpose: Purpose {
+                shape,
+                dtype,
+                epilogue,
+                thread: thread::current().id(),
+            },
+            eps,
+            statistics,
+            shared,
+            step: Mutex::default(),
+            moved: AtomicBool::new(false),
+        }
+    }
+
+    /// Applies the operation to tensors that are contiguous and have been found fit.
+    pub(super) fn apply(
+        self,
+        x: &Tensor,
+        parameters: Option<[&Tensor; 2]>,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        match (parameters, residual) {
+            (None, None) => x.apply_op1(self),
+            (None, Some(residual)) => x.apply_op2(residual, self),
+            (Some([weight, bias]), None) => x.apply_op3(weight, bias, self),
+            (Some(both), Some(residual)) => x.apply_op3(&Tensor::cat(&both, 0)?, residual, self),
+        }
+    }
+
+    fn of_three<A>(&self, [first, second, third]: [A; 3]) -> Arguments<A> {
+        match self.purpose.epilogue {
+            Epilogue::AddRelu => Arguments {
+                x: first,
+                parameters: Some(Parameters::Joined(second)),
+                residual: Some(third),
+            },
+            Epilogue::Identity | Epilogue::Relu => Arguments {
+                x: first,
+                parameters: Some(Parameters::Apart([second, third])),
+                residual: None,
+            },
+        }
+    }
+
+    fn forward<D: Device>(&self, arguments: Arguments<Place<'_, D>>) -> Result<(D::Storage, candle_core::Shape)> {
+        let (memory, layout) = arguments.x;
+        let backend = D::beside(memory, &self.shared)?;
+        let y = with_element!(self.purpose.dtype, T => {
+            D::into_storage(self.forward_as::<D, T>(&backend, arguments)?, memory)
+        });
+        Ok((y, layout.shape().clone()))
+    }
+
+    fn forward_as<D: Device, T: Stored + Element<Param: Stored>>(
+        &self,
+        backend: &D,
+        arguments: Arguments<Place<'_, D>>,
+    ) -> Result<D::Buffer<T>> {
+        let channels = self.purpose.shape.channels;
+        let len = self.purpose.shape.len().map_err(wrap)?;
+        if len == 0 {
+            return backend.zeros(0).map_err(wrap);
+        }
+        let mut y = backend.unwritten::<T>(len)?;
+        match &self.statistics {
+            Statistics::Running { mean, variance } => {
+                let ((mean, _), (variance, _)) = (mean.storage_and_layout(), variance.storage_and_layout());
+                let running = self.running::<D, T>(memory::<D>(&mean)?, memory::<D>(&variance)?)?;
+                let operands = self.operands(backend, arguments)?;
+                let epilogue = self.forward_epilogue(backend, arguments)?;
+                evaluate(backend, operands, epilogue, y.view_mut(), running).map_err(wrap)?;
+            }
+            Statistics::Batch { update } => {
+                let mut kept = self.shared.take::<D, T>(backend, self.purpose).map_err(wrap)?;
+                let step = kept.step();
+                match update {
+                    None => self.forward_by_batch(backend, arguments, step, &mut y, None)?,
+                    // The order in which they are locked is that of the evaluation.
+                    Some(update) => change::<D, _>(&update.mean, |mean| {
+                        change::<D, _>(&update.variance, |variance| {
+                            change::<D, _>(&update.batches, |batches| {
+                                let update = RunningUpdate {
+                                    mean: D::view_mut(mean, 0..channels)?,
+                                    variance: D::view_mut(variance, 0..channels)?,
+                                    batches: D::view_mut(batches, 0..1)?,
+                                    momentum: update.momentum,
+                                    skip_non_finite: update.skip_non_finite,
+                                };
+                                self.forward_by_batch(backend, arguments, step, &mut y, Some(update))
+                            })
+                        })
+                    })?,
+                }
+                *lock(&self.step) = Some(kept);
+            }
+        }
+        Ok(y)
+    }
+
+    fn forward_by_batch<'m, D: Device, T: Stored + Element<Param: Stored>>(
+        &self,
+        backend: &D,
+        arguments: Arguments<Place<'m, D>>,
+        step: &'m mut Step<D, T>,
+        y: &'m mut D::Buffer<T>,
+        update: Option<RunningUpdate<'m, D, T>>,
+    ) -> Result<()> {
+        let operands = self.operands(backend, arguments)?;
+        let epilogue = self.forward_epilogue(backend, arguments)?;
+        step.forward(backend, operands, epilogue, y.view_mut(), update)
+            .map_err(wrap)
+    }
+
+    fn operands<'m, D: Device, T: Stored + Element<Param: Stored>>(
+        &self,
+        backend: &D,
+        arguments: Arguments<Place<'m, D>>,
+    ) -> Result<Operands<'m, 'm, D, T>> {
+        let channels = self.purpose.shape.channels;
+        let vector = |place: Place<'m, D>, at: usize| {
+            let start = start(place.1)? + at;
+            let view = D::view(place.0, start..start + channels)?;
+            backend.check_view("weight and bias", &view).map_err(wrap)?;
+            Ok::<_, Error>(view)
+        };
+        Ok(Operands {
+            shape: self.purpose.shape,
+            eps: self.eps,
+            x: self.tensor(backend, "x", arguments.x)?,
+            parameters: match arguments.parameters {
+                None => None,
+                Some(Parameters::Apart([weight, bias])) => Some([vector(weight, 0)?, vector(bias, 0)?]),
+                Some(Parameters::Joined(both)) => Some([vector(both, 0)?, vector(both, channels)?]),
+            },
+        })
+    }
+
+    fn forward_epilogue<'m, D: Device, T: Stored + Element>(
+        &self,
+        backend: &D,
+        arguments: Arguments<Place<'m, D>>,
+    ) -> Result<ForwardEpilogue<'m, D, T>> {
+        Ok(match (arguments.residual, self.purpose.epilogue) {
+            (Some(residual), _) => ForwardEpilogue::AddRelu {
+                z: self.tensor(backend, "residual", residual)?,
+            },
+            (None, Epilogue::Relu) => ForwardEpilogue::Relu,
+            (None, _) => ForwardEpilogue::Identity,
+        })
+    }
+
+    /// All elements of a contiguous tensor of the call's shape.
+    fn tensor<'m, D: Device, T: Stored>(
+        &self,
+        backend: &D,
+        argument: &'static str,
+        (memory, layout): Place<'m, D>,
+    ) -> Result<D::View<'m, T>> {
+        let start = start(layout)?;
+        let view = D::view(memory, start..start + layout.shape().elem_count())?;
+        backend.check_view(argument, &view).map_err(wrap)?;
+        Ok(view)
+    }
+
+    fn running<'m, D: Device, T: Element<Param: Stored>>(
+        &self,
+        mean: &'m D::Storage,
+        variance: &'m D::Storage,
+    ) -> Result<Running<'m, D, T>> {
+        let channels = self.purpose.shape.channels;
+        Ok(Running {
+            mean: D::view(mean, 0..channels)?,
+            variance: D::view(variance, 0..channels)?,
+        })
+    }
+
+    fn backward(&self, arguments: Arguments<&Tensor>, y: &Tensor, dy: &Tensor) -> Result<Results> {
+        match arguments.x.device() {
+            candle_core::Device::Cpu => self.backward_on::<Cpu>(arguments, y, dy),
+            #[cfg(feature = "candle-cuda")]
+            candle_core::Device::Cuda(_) => self.backward_on::<crate::Cuda>(arguments, y, dy),
+            _ => Err(Error::BackwardNotSupported { op: NAME }.bt()),
+        }
+    }
+
+    fn backward_on<D: Device>(&self, arguments: Arguments<&Tensor>, y: &Tensor, dy: &Tensor) -> Result<Results> {
+        let tensor_shape = arguments.x.shape();
+        let dy = dy.contiguous()?;
+        let wants = |tensor: &&Tensor| tensor.track_op();
+        let wanted = Wanted {
+            x: wants(&arguments.x),
+            parameters: match &arguments.parameters {
+                None => false,
+                Some(Parameters::Apart(parameters)) => parameters.iter().any(wants),
+                Some(Parameters::Joined(both)) => wants(both),
+            },
+            residual: arguments.residual.as_ref().is_some_and(wants),
+        };
+        // The values of the residual are not needed any more.
+        let arguments = Arguments {
+            residual: None,
+            ..arguments
+        };
+        let guards = arguments.try_map(|tensor| Ok(tensor.storage_and_layout()))?;
+        let places = guards.try_map(|(storage, layout)| Ok((memory::<D>(storage)?, *layout)))?;
+        let (y, dy) = (y.storage_and_layout(), dy.storage_and_layout());
+        let (y, dy) = ((memory::<D>(&y.0)?, y.1), (memory::<D>(&dy.0)?, dy.1));
+        let backend = D::beside(places.x.0, &self.shared)?;
+        with_element!(self.purpose.dtype, T => {
+            let buffers = self.backward_as::<D, T>(&backend, places, y, dy, wanted)?;
+            let beside = places.x.0;
+            let channels = self.purpose.shape.channels;
+            Ok(Results {
+                x: buffers.x.map(|dx| tensor_of::<D, T>(dx, beside, tensor_shape)),
+                parameters: buffers.parameters.map(|parameters| tensor_of::<D, _>(parameters, beside, &(2 * channels).into())),
+                residual: buffers.residual.map(|dz| tensor_of::<D, T>(dz, beside, tensor_shape)),
+            })
+        })
+    }
+
+    fn backward_as<D: Device, T: Stored + Element<Param: Stored>>(
+        &self,
+        backend: &D,
+        arguments: Arguments<Place<'_, D>>,
+        y: Place<'_, D>,
+        dy: Place<'_, D>,
+        wanted: Wanted,
+    ) -> Result<Buffers<D, T>> {
+        let shape = self.purpose.shape;
+        let len = shape.len().map_err(wrap)?;
+        if len == 0 {
+            return Buffers::empty(backend, shape.channels, wanted).map_err(wrap);
+        }
+        let tensor = |wanted: bool| wanted.then(|| backend.unwritten(len)).transpose();
+        let mut buffers = Buffers {
+            x: tensor(wanted.x)?,
+            parameters: wanted
+                .parameters
+                .then(|| backend.unwritten(2 * shape.channels))
+                .transpose()?,
+            residual: tensor(wanted.residual)?,
+        };
+
+        let mut own = lock(&self.step);
+        let mut scratch = None;
+        let kept = match &mut *own {
+            Some(kept) => {
+                if thread::current().id() != self.purpose.thread {
+                    self.moved.store(true, Ordering::Relaxed);
+                }
+                kept
+            }
+            None => {
+                let purpose = Purpose {
+                    thread: thread::current().id(),
+                    ..self.purpose
+                };
+                scratch.insert(self.shared.take::<D, T>(backend, purpose).map_err(wrap)?)
+            }
+        };
+        let guards = match &self.statistics {
+            Statistics::Batch { .. } => None,
+            Statistics::Running { mean, variance } => Some((mean.storage_and_layout(), variance.storage_and_layout())),
+        };
+        let running = match &guards {
+            None => None,
+            Some(((mean, _), (variance, _))) => Some(self.running(memory::<D>(mean)?, memory::<D>(variance)?)?),
+        };
+        let epilogue = match self.purpose.epilogue {
+            Epilogue::Identity => BackwardEpilogue::Identity,
+            Epilogue::Relu => BackwardEpilogue::Relu,
+            Epilogue::AddRelu => BackwardEpilogue::AddRelu {
+                y: self.tensor(backend, "y", y)?,
+                dz: buffers.residual.as_mut().map(AsTensorMut::view_mut),
+            },
+        };
+        let gradients = Gradients {
+            x: buffers.x.as_mut().map(AsTensorMut::view_mut),
+            parameters: buffers
+                .parameters
+                .as_mut()
+                .map(|parameters| D::split_at(parameters, shape.channels)),
+        };
+        let operands = self.operands(backend, arguments)?;
+        let dy = self.tensor(backend, "dy", dy)?;
+        kept.step()
+            .backward(backend, operands, epilogue, running, dy, gradients)
+            .map_err(wrap)?;
+        if let Some(scratch) = scratch {
+            self.shared.put(scratch);
+        }
+        Ok(buffers)
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        if let (Some(step), false) = (lock(&self.step).take(), self.moved.load(Ordering::Relaxed)) {
+            self.shared.put(step);
+        }
+    }
+}
+
+/// Which gradients candle needs.
+#[derive(Clone, Copy)]
+struct Wanted {
+    x: bool,
+    parameters: bool,
+    residual: bool,
+}
+
+/// The gradients, before they are candle's.
+struct Buffers<D: Device, T: Element> {
+    x: Option<D::Buffer<T>>,
+    parameters: Option<D::Buffer<T::Param>>,
+    residual: Option<D::Buffer<T>>,
+}
+
+impl<D: Device, T: Element> Buffers<D, T> {
+    /// Those of an empty batch.
+    fn empty(backend: &D, channels: usize, wanted: Wanted) -> crate::Result<Self> {
+        let tensor = |wanted: bool| wanted.then(|| backend.zeros(0)).transpose();
+        Ok(Self {
+            x: tensor(wanted.x)?,
+            parameters: wanted.parameters.then(|| backend.zeros(2 * channels)).transpose()?,
+            residual: tensor(wanted.residual)?,
+        })
+    }
+}
+
+/// Where a contiguous tensor begins in its memory.
+fn start(layout: &Layout) -> Result<usize> {
+    let (start, _) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| Error::RequiresContiguous { op: NAME }.bt())?;
+    Ok(start)
+}
+
+fn tensor_of<D: Device, T: Stored>(buffer: D::Buffer<T>, beside: &D::Storage, shape: &candle_core::Shape) -> Tensor {
+    let storage = D::into_candle(D::into_storage(buffer, beside));
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+impl CustomOp1 for Operation {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, candle_core::Shape)> {
+        self.forward::<Cpu>(Arguments::of_one((x, layout)))
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, candle_core::Shape)> {
+        self.forward::<crate::Cuda>(Arguments::of_one((x, layout)))
+    }
+
+    fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(self.backward(Arguments::of_one(x), y, dy)?.x)
+    }
+}
+
+impl CustomOp2 for Operation {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        residual: &CpuStorage,
+        residual_layout: &Layout,
+    ) -> Result<(CpuStorage, candle_core::Shape)> {
+        self.forward::<Cpu>(Arguments::of_two([(x, x_layout), (residual, residual_layout)]))
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        residual: &CudaStorage,
+        residual_layout: &Layout,
+    ) -> Result<(CudaStorage, candle_core::Shape)> {
+        self.forward::<crate::Cuda>(Arguments::of_two([(x, x_layout), (residual, residual_layout)]))
+    }
+
+    fn bwd(&self, x: &Tensor, residual: &Tensor, y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let results = self.backward(Arguments::of_two([x, residual]), y, dy)?;
+        Ok((results.x, results.residual))
+    }
+}
+
+impl CustomOp3 for Operation {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        first: &CpuStorage,
+        first_layout: &Layout,
+        second: &CpuStorage,
+        second_layout: &Layout,
+        third: &CpuStorage,
+        third_layout: &Layout,
+    ) -> Result<(CpuStorage, candle_core::Shape)> {
+        self.forward::<Cpu>(self.of_three([(first, first_layout), (second, second_layout), (third, third_layout)]))
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(
+        &self,
+        first: &CudaStorage,
+        first_layout: &Layout,
+        second: &CudaStorage,
+        second_layout: &Layout,
+        third: &CudaStorage,
+        third_layout: &Layout,
+    ) -> Result<(CudaStorage, candle_core::Shape)> {
+        self.forward::<crate::Cuda>(self.of_three([
+            (first, first_layout),
+            (second, second_layout),
+            (third, third_layout),
+        ]))
+    }
+
+    fn bwd(
+        &self,
+        first: &Tensor,
+        second: &Tensor,
+        third: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let arguments = self.of_three([first, second, third]);
+        let results = self.backward(arguments, y, dy)?;
+        if arguments.residual.is_some() {
+            return Ok((results.x, results.parameters, results.residual));
+        }
+        let channels = self.purpose.shape.channels;
+        let part = |argument: &Tensor, at: usize| match &results.parameters {
+            Some(parameters) if argument.track_op() => parameters.narrow(0, at, channels).map(Some),
+            _ => Ok(None),
+        };
+        let (weight, bias) = (part(second, 0)?, part(third, channels)?);
+        Ok((results.x, weight, bias))
+    }
+}

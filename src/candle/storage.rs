@@ -1,0 +1,188 @@
+//! Where candle's numbers lie, on each device that this crate has a backend for, and how results become candle's.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use candle_core::backend::BackendStorage as _;
+use candle_core::{CpuStorage, CudaStorage, Error, InplaceOp1, Layout, Result, Storage, Var, WithDType};
+use half::vec::HalfBitsVecExt as _;
+use half::{bf16, f16};
+
+use super::operation::NAME;
+use super::shared::Shared;
+use crate::backend::Backend;
+use crate::cpu::Cpu;
+use crate::element::Plain;
+
+/// A backend that works in candle's memory.
+pub(super) trait Device: Backend {
+    /// candle's memory on this device.
+    type Storage: 'static;
+
+    /// The backend for work beside this memory.
+    fn beside(storage: &Self::Storage, shared: &Shared) -> Result<Self>;
+
+    /// Elements of a tensor, to be read.
+    fn view<T: Stored>(storage: &Self::Storage, elements: Range<usize>) -> Result<Self::View<'_, T>>;
+
+    /// Elements of a tensor, to be written.
+    fn view_mut<T: Stored>(storage: &mut Self::Storage, elements: Range<usize>) -> Result<Self::ViewMut<'_, T>>;
+
+    /// Memory for a result. What it holds is of no account: the pass writes every element.
+    fn unwritten<T: Stored>(&self, len: usize) -> Result<Self::Buffer<T>>;
+
+    /// The first `middle` elements of a buffer, and the others.
+    fn split_at<T: Plain>(buffer: &mut Self::Buffer<T>, middle: usize) -> [Self::ViewMut<'_, T>; 2];
+
+    /// Makes candle's memory of a buffer, on the device of `beside`.
+    fn into_storage<T: Stored>(buffer: Self::Buffer<T>, beside: &Self::Storage) -> Self::Storage;
+
+    /// candle's memory, of this device.
+    fn into_candle(storage: Self::Storage) -> Storage;
+}
+
+/// A number of candle's that this crate has too.
+#[cfg(not(feature = "candle-cuda"))]
+pub(super) trait Stored: StoredOnCpu {}
+#[cfg(not(feature = "candle-cuda"))]
+impl<T: StoredOnCpu> Stored for T {}
+
+/// A number of candle's that this crate has too.
+#[cfg(feature = "candle-cuda")]
+pub(super) trait Stored: StoredOnCpu + candle_core::cuda_backend::CudaDType {}
+#[cfg(feature = "candle-cuda")]
+impl<T: StoredOnCpu + candle_core::cuda_backend::CudaDType> Stored for T {}
+
+/// What candle has no generic method for.
+pub(super) trait StoredOnCpu: Plain + WithDType {
+    /// The elements, if they are of this type.
+    fn elements_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+
+    /// So many elements of any value, at the cost of an allocation alone: memory that comes zeroed is not written again.
+    fn any(len: usize) -> Vec<Self>;
+}
+
+macro_rules! stored_on_cpu {
+    ($($type:ty, $variant:ident, $len:ident => $any:expr);+ $(;)?) => {
+        $(
+            impl StoredOnCpu for $type {
+                fn elements_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+                    match storage {
+                        CpuStorage::$variant(elements) => Some(elements),
+                        _ => None,
+                    }
+                }
+
+                fn any($len: usize) -> Vec<Self> {
+                    $any
+                }
+            }
+        )+
+    };
+}
+
+stored_on_cpu! {
+    f32, F32, len => vec![0.0; len];
+    f64, F64, len => vec![0.0; len];
+    i64, I64, len => vec![0; len];
+    // The standard library asks for zeroed memory only where it knows the number type.
+    f16, F16, len => vec![0u16; len].reinterpret_into();
+    bf16, BF16, len => vec![0u16; len].reinterpret_into();
+}
+
+impl Device for Cpu {
+    type Storage = CpuStorage;
+
+    fn beside(_storage: &CpuStorage, _shared: &Shared) -> Result<Self> {
+        Ok(Cpu::new())
+    }
+
+    fn view<T: Stored>(storage: &CpuStorage, elements: Range<usize>) -> Result<&[T]> {
+        Ok(&storage.as_slice::<T>()?[elements])
+    }
+
+    fn view_mut<T: Stored>(storage: &mut CpuStorage, elements: Range<usize>) -> Result<&mut [T]> {
+        let got = storage.dtype();
+        match T::elements_mut(storage) {
+            Some(all) => Ok(&mut all[elements]),
+            None => Err(Error::UnexpectedDType {
+                msg: NAME,
+                expected: T::DTYPE,
+                got,
+            }
+            .bt()),
+        }
+    }
+
+    fn unwritten<T: Stored>(&self, len: usize) -> Result<Vec<T>> {
+        Ok(T::any(len))
+    }
+
+    fn split_at<T: Plain>(buffer: &mut Vec<T>, middle: usize) -> [&mut [T]; 2] {
+        buffer.split_at_mut(middle).into()
+    }
+
+    fn into_storage<T: Stored>(buffer: Vec<T>, _beside: &CpuStorage) -> CpuStorage {
+        T::to_cpu_storage_owned(buffer)
+    }
+
+    fn into_candle(storage: CpuStorage) -> Storage {
+        Storage::Cpu(storage)
+    }
+}
+
+/// candle's memory, which must be on this device.
+pub(super) fn memory<D: Device>(storage: &Storage) -> Result<&D::Storage> {
+    let memory: &dyn Any = match storage {
+        Storage::Cpu(memory) => memory,
+        Storage::Cuda(memory) => memory,
+        Storage::Metal(memory) => memory,
+    };
+    memory.downcast_ref().ok_or_else(other_device)
+}
+
+/// Gives the memory of a variable to `change`. candle hands it out to operations in place alone.
+pub(super) fn change<D: Device, R>(variable: &Var, change: impl FnOnce(&mut D::Storage) -> Result<R>) -> Result<R> {
+    let change = InPlace::<D, _, R> {
+        change: RefCell::new(Some(change)),
+        result: RefCell::new(None),
+        device: PhantomData,
+    };
+    variable.inplace_op1(&change)?;
+    change.result.into_inner().ok_or_else(other_device)
+}
+
+struct InPlace<D, F, R> {
+    change: RefCell<Option<F>>,
+    result: RefCell<Option<R>>,
+    device: PhantomData<D>,
+}
+
+impl<D: Device, F: FnOnce(&mut D::Storage) -> Result<R>, R> InPlace<D, F, R> {
+    fn run(&self, memory: &mut dyn Any) -> Result<()> {
+        if let (Some(change), Some(memory)) = (self.change.take(), memory.downcast_mut()) {
+            self.result.replace(Some(change(memory)?));
+        }
+        Ok(())
+    }
+}
+
+impl<D: Device, F: FnOnce(&mut D::Storage) -> Result<R>, R> InplaceOp1 for InPlace<D, F, R> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _layout: &Layout) -> Result<()> {
+        self.run(storage)
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _layout: &Layout) -> Result<()> {
+        self.run(storage)
+    }
+}
+
+fn other_device() -> Error {
+    Error::msg(format_args!("{NAME}: a tensor lies on another device than the others")).bt()
+}
