@@ -126,7 +126,10 @@ fn print(arguments: &Arguments) -> Result<()> {
     if arguments.candidates {
         let mut plans = Plan::candidates(&problem, &limits)?;
         plans.sort_by(|one, other| one.modelled_time().total_cmp(&other.modelled_time()));
-        println!("{} legal ways; modelled time, ratio to the fewest bytes, way", plans.len());
+        println!(
+            "{} legal ways; modelled time, ratio to the fewest bytes, way",
+            plans.len()
+        );
         for plan in plans {
             println!("{}", line(&plan));
         }
@@ -145,7 +148,10 @@ fn print(arguments: &Arguments) -> Result<()> {
 fn print_table(arguments: &Arguments, limits: &DeviceLimits) -> Result<()> {
     println!(
         "{}, {}, {}, epilogue {}; modelled time, ratio to the fewest bytes, way",
-        limits.name, arguments.element, arguments.layout.name(), arguments.epilogue
+        limits.name,
+        arguments.element,
+        arguments.layout.name(),
+        arguments.epilogue
     );
     for batch in [32, 256] {
         for shape in shapes::resnet_50().filter(|shape| shape.layout == Layout::Nchw) {

@@ -53,7 +53,10 @@ fn assert_resident_coalesced<T: Element>(shape: Shape, walk: Walk, epilogue: Epi
             let cuda = common::cuda_device(emulator::ordinal("h200")).with_choice(choice);
             let kernels = launches_coalesce::<T>(&cuda, shape, walk, epilogue);
             for kernel in ["resident_forward", "resident_backward"] {
-                assert!(kernels.iter().any(|launched| launched == kernel), "{kernel}, {choice} did not run");
+                assert!(
+                    kernels.iter().any(|launched| launched == kernel),
+                    "{kernel}, {choice} did not run"
+                );
             }
         }
     }
@@ -84,7 +87,11 @@ fn launches_coalesce<T: Element>(cuda: &Cuda, shape: Shape, walk: Walk, epilogue
             let bytes = launch.bytes_loaded + launch.bytes_stored;
             let ratio = sectors as f64 * SECTOR_BYTES / bytes as f64;
             // What a grid team exchanges is little beside a strip as large as those it is for, but not beside these.
-            let exchange = if planned.is_cooperative() { bytes - planned.traffic.tensors } else { 0 };
+            let exchange = if planned.is_cooperative() {
+                bytes - planned.traffic.tensors
+            } else {
+                0
+            };
             let ratio = ratio - EXCHANGE_RATIO * exchange as f64 / bytes as f64;
             let limit = if shape.layout == Layout::Nchw && walk == Walk::Columns {
                 LARGEST_RATIO_UNALIGNED

@@ -252,7 +252,10 @@ fn kernels_without_bugs_raise_nothing() {
         let worst = step(&device, tensor).unwrap_or_else(|error| panic!("{tensor:?}: {error}"));
         assert!(worst <= 1.0, "{tensor:?}: the worst error is {worst:.2} of the limit");
         let launches = emulator::launches(device.stream().cu_stream());
-        let resident = launches.iter().filter(|launch| launch.kernel.starts_with("resident")).count();
+        let resident = launches
+            .iter()
+            .filter(|launch| launch.kernel.starts_with("resident"))
+            .count();
         let expected = if device.choice().resident { 2 } else { 0 };
         assert_eq!(resident, expected, "{tensor:?}: {launches:?}");
     }

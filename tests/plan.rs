@@ -4,9 +4,7 @@
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
-use batchnorm_cuda::cuda::plan::{
-    Alignment, Choice, KernelLaunch, Operation, Plan, Problem, Resident, Team, Tracking,
-};
+use batchnorm_cuda::cuda::plan::{Alignment, Choice, KernelLaunch, Operation, Plan, Problem, Resident, Team, Tracking};
 use batchnorm_cuda::cuda::{DeviceLimits, Instantiation, Kernel, Walk};
 use batchnorm_cuda::{Dtype, Epilogue, Error, Layout, Shape};
 use proptest::prelude::*;
@@ -188,7 +186,11 @@ fn assert_legal_team(limits: &DeviceLimits, launch: &KernelLaunch, resident: &Re
     assert!(resident.blocks * launch.block() <= 1024, "{what}");
     if resident.bulk {
         assert!(limits.architecture >= 90, "{what}");
-        assert_eq!(launch.instantiation.vector as usize * launch.instantiation.dtype.size(), 16, "{what}");
+        assert_eq!(
+            launch.instantiation.vector as usize * launch.instantiation.dtype.size(),
+            16,
+            "{what}"
+        );
         assert_ne!(launch.instantiation.walk, Walk::PlanesWithEdges, "{what}");
     }
 }
@@ -369,8 +371,14 @@ fn a_choice_is_kept_to_and_says_what_it_is() {
         threads: Some(256),
         ..Choice::resident(Some(Team::Cluster(8)))
     };
-    let resident = Plan::chosen(&problem, &h200(), &wanted).unwrap().kernels[0].instantiation.resident.unwrap();
-    assert_eq!((resident.team, resident.stages, resident.bulk), (Team::Cluster(8), 2, true));
+    let resident = Plan::chosen(&problem, &h200(), &wanted).unwrap().kernels[0]
+        .instantiation
+        .resident
+        .unwrap();
+    assert_eq!(
+        (resident.team, resident.stages, resident.bulk),
+        (Team::Cluster(8), 2, true)
+    );
     assert_eq!(wanted.to_string(), "cluster8, 256 threads, 2 stages, bulk copies");
     assert_eq!(Choice::default().to_string(), "any");
     assert_eq!(Choice::GENERAL.to_string(), "general");
@@ -388,7 +396,12 @@ fn passes_that_want_less_take_the_path_of_the_whole_one() {
     let all = Problem::new(Operation::Backward, shape, Dtype::F32).epilogue(Epilogue::AddRelu);
     let launch = |problem: Problem| {
         let plan = fastest(problem);
-        (plan.kernels.len(), plan.kernels[0].instantiation, plan.kernels[0].tiling, plan.kernels[0].grid)
+        (
+            plan.kernels.len(),
+            plan.kernels[0].instantiation,
+            plan.kernels[0].tiling,
+            plan.kernels[0].grid,
+        )
     };
     for problem in [
         Problem {

@@ -83,7 +83,10 @@ fn every_way<T: Element>(profile: &str) {
     }
     for team in teams() {
         for (stages, bulk) in copies() {
-            assert!(ran.contains(&(team, stages, bulk)), "{team}, {stages}, {bulk} did not run on {profile}");
+            assert!(
+                ran.contains(&(team, stages, bulk)),
+                "{team}, {stages}, {bulk} did not run on {profile}"
+            );
         }
     }
 }

@@ -117,7 +117,10 @@ impl<T: Element> Known<T> {
         let what = |part: &str| {
             let Case { shape, training, .. } = &self.case;
             let path = self.device.choice();
-            format!("schedule {seed}, {shape}, {}, {path}, training: {training}: {part}", T::DTYPE)
+            format!(
+                "schedule {seed}, {shape}, {}, {path}, training: {training}: {part}",
+                T::DTYPE
+            )
         };
         let outcome = outcome.unwrap_or_else(|error| {
             panic!(
@@ -203,7 +206,9 @@ fn every_walk_is_shuffled() {
         .into_iter()
         .map(|shape| {
             let problem = Problem::new(Operation::Train, shape, f32::DTYPE);
-            let first = Plan::chosen(&problem, device.limits(), device.choice()).unwrap().kernels[0];
+            let first = Plan::chosen(&problem, device.limits(), device.choice())
+                .unwrap()
+                .kernels[0];
             format!("{:?}, {}", first.instantiation.walk, first.tiling.splits > 1)
         })
         .collect();
@@ -230,9 +235,15 @@ fn every_team_is_shuffled() {
         }
         let laps = |shape| {
             let problem = Problem::new(Operation::Train, shape, f32::DTYPE);
-            let launch = Plan::chosen(&problem, device.limits(), device.choice()).unwrap().kernels[0];
+            let launch = Plan::chosen(&problem, device.limits(), device.choice())
+                .unwrap()
+                .kernels[0];
             launch.tiling.tasks().div_ceil(u64::from(launch.grid))
         };
-        assert!(resident_shapes().into_iter().any(|shape| laps(shape) > 1), "{}", device.choice());
+        assert!(
+            resident_shapes().into_iter().any(|shape| laps(shape) > 1),
+            "{}",
+            device.choice()
+        );
     }
 }

@@ -242,8 +242,7 @@ fn bytes_are_the_plans_f64_relu() {
 /// What a step moves, in units of a tensor: training, evaluation, backward. Vectors per channel are a small part of it.
 fn moved<T: Element>(cuda: &Cuda, shape: Shape, epilogue: Epilogue) -> [f64; 3] {
     let mut tensors = Tensors::<T>::new(cuda, shape, 0).unwrap();
-    let mut bn: BatchNorm2d<Cuda, T::Param> =
-        BatchNorm2d::new(cuda, BatchNorm2dConfig::new(shape.channels)).unwrap();
+    let mut bn: BatchNorm2d<Cuda, T::Param> = BatchNorm2d::new(cuda, BatchNorm2dConfig::new(shape.channels)).unwrap();
     let mut saved = bn.prepare_fused::<T>(shape, epilogue).unwrap();
     let mut gradients = bn.gradients().unwrap();
     let tensor = (tensors.len * size_of::<T>()) as f64;
@@ -319,7 +318,9 @@ fn every_walk_is_counted() {
             alignment: Alignment::of([offset]),
             ..Problem::new(Operation::Train, shape, batchnorm_cuda::Dtype::F32)
         };
-        Plan::chosen(&problem, device("small-75").limits(), &Choice::GENERAL).unwrap().kernels[0]
+        Plan::chosen(&problem, device("small-75").limits(), &Choice::GENERAL)
+            .unwrap()
+            .kernels[0]
     };
     assert_eq!(walk(Shape::nchw(4, 3, 8, 16), 0).instantiation.walk, Walk::Planes);
     assert_eq!(

@@ -16,8 +16,8 @@ use super::workspace::Partials;
 use crate::backend::{BackwardEpilogue, BackwardPass, BackwardStatistics, GradientFlow};
 use crate::element::{Element, Real};
 
-/// Runs a backward pass with the instructions of `simd`.
-pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T>) {
+/// Runs a backward pass with the instructions of `simd`, on one thread below `threads_from` bytes.
+pub(super) fn backward<T: Element>(simd: Simd, threads_from: usize, pass: BackwardPass<'_, '_, Cpu, T>) {
     let (dy, dx) = match pass.flow {
         GradientFlow::Stops { dy } => (Source::from(dy), None),
         GradientFlow::Separate { dy, dx } => (Source::from(dy), Some(Sink::from(dx))),
@@ -44,6 +44,7 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
     let geometry = Geometry::new(pass.shape);
     let gradients = Gradients {
         simd,
+        threads_from,
         geometry,
         normalisation: Normalisation {
             statistics,
@@ -77,6 +78,7 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
 /// A backward pass in the backend's terms.
 struct Gradients<'a, T: Element, E> {
     simd: Simd,
+    threads_from: usize,
     geometry: Geometry,
     normalisation: Normalisation<'a, T::Param>,
     /// Whether the gradient flows through the statistics too.
@@ -94,6 +96,7 @@ impl<'a, T: Element> Gradients<'a, T, ()> {
         } = self.elements;
         let gradients = Gradients {
             simd: self.simd,
+            threads_from: self.threads_from,
             geometry: self.geometry,
             normalisation: self.normalisation,
             training: self.training,
@@ -110,7 +113,7 @@ impl<'a, T: Element> Gradients<'a, T, ()> {
             },
         };
         if let Some(phases) = gradients.phases() {
-            run(&self.geometry, phases, &gradients);
+            run(&self.geometry, phases, self.threads_from, &gradients);
         }
     }
 }

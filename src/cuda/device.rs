@@ -107,12 +107,7 @@ impl Device {
     /// The plan for a problem, with its kernels compiled and loaded.
     pub(super) fn prepare(&self, problem: &Problem, choice: &Choice) -> Result<Arc<Prepared>> {
         let key = (*problem, *choice);
-        if let Some(prepared) = self
-            .prepared
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&key)
-        {
+        if let Some(prepared) = self.prepared.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(prepared.clone());
         }
         let plan = Plan::chosen(problem, &self.limits, choice)?;
@@ -187,14 +182,24 @@ impl Device {
     /// allows.
     fn allow_resident(&self, function: &CudaFunction, resident: &Resident) -> Result<()> {
         let shared = self.limits.shared_memory_per_block as i32;
-        let mut attributes = vec![(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)];
+        let mut attributes = vec![(
+            FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            shared,
+        )];
         if resident.team.cluster() > LARGEST_PORTABLE_CLUSTER {
-            attributes.push((FunctionAttribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1));
+            attributes.push((
+                FunctionAttribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
+                1,
+            ));
         }
         // Setting an attribute does not bind the context by itself.
         self.context
             .bind_to_thread()
-            .and_then(|()| attributes.into_iter().try_for_each(|(attribute, value)| function.set_attribute(attribute, value)))
+            .and_then(|()| {
+                attributes
+                    .into_iter()
+                    .try_for_each(|(attribute, value)| function.set_attribute(attribute, value))
+            })
             .map_err(|error| driver_error("setting a kernel's attributes", error))
     }
 }

@@ -100,7 +100,9 @@ impl Kernel {
             Kernel::ResidentForward | Kernel::ResidentBackward => {
                 let variants = resident::variants(self, dtype, walk, vector);
                 let unroll = resident::unroll(tensors_read);
-                variants.map(|(threads, resident)| (threads, unroll, Some(resident))).collect()
+                variants
+                    .map(|(threads, resident)| (threads, unroll, Some(resident)))
+                    .collect()
             }
             _ => tuning::BLOCK_SIZES
                 .map(|threads| (threads as u32, tiling::unroll(tensors_read), None))
@@ -155,7 +157,9 @@ impl Instantiation {
             for (epilogue, stores_gradient, batch_statistics) in kernel.variants() {
                 for dtype in Dtype::ALL {
                     for (walk, vector) in walks(dtype) {
-                        for (threads, unroll, resident) in kernel.launches(dtype, walk, vector, epilogue, batch_statistics) {
+                        for (threads, unroll, resident) in
+                            kernel.launches(dtype, walk, vector, epilogue, batch_statistics)
+                        {
                             all.extend([false, true].map(|wide_index| Instantiation {
                                 kernel,
                                 dtype,
@@ -179,8 +183,7 @@ impl Instantiation {
 
     /// Whether devices of this compute capability, times ten, have what it is made of: clusters and bulk copies need 9.0.
     pub fn runs_on(&self, architecture: u32) -> bool {
-        self.resident
-            .is_none_or(|resident| resident.runs_on(architecture))
+        self.resident.is_none_or(|resident| resident.runs_on(architecture))
     }
 
     /// The CUDA C++ that is compiled: the kernel's file and its headers in one text.

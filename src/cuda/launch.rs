@@ -138,11 +138,7 @@ impl ForwardOperands<'_> {
         }
     }
 
-    fn apply(
-        &self,
-        normalisation: Normalisation,
-        launch: &KernelLaunch,
-    ) -> arguments::Apply {
+    fn apply(&self, normalisation: Normalisation, launch: &KernelLaunch) -> arguments::Apply {
         arguments::Apply {
             x: self.x(),
             z: self.z.address,
@@ -495,5 +491,5 @@ fn launch_kernel<A: DeviceRepr>(
         }
     }
     .map(|_events| ())
-        .map_err(|error| driver_error(launch.instantiation.kernel.name(), error))
+    .map_err(|error| driver_error(launch.instantiation.kernel.name(), error))
 }

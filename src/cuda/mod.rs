@@ -98,10 +98,7 @@ impl Cuda {
     /// The same device and stream, with passes that take only the paths which the choice allows: for tests and for finding
     /// out what is fastest. Whatever was prepared by a `Cuda` goes with the choice of that one.
     pub fn with_choice(&self, choice: Choice) -> Self {
-        Self {
-            choice,
-            ..self.clone()
-        }
+        Self { choice, ..self.clone() }
     }
 
     /// Which paths passes may take.

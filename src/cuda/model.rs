@@ -68,7 +68,11 @@ fn resident_time(launch: &KernelLaunch, resident: &Resident, limits: &DeviceLimi
     };
     let work = chip_time(launch, resident, costs) * neighbours as f64;
     let agreeing = costs.latency + exchange;
-    let cooperative = if resident.team == Team::Grid { costs.cooperative } else { 0.0 };
+    let cooperative = if resident.team == Team::Grid {
+        costs.cooperative
+    } else {
+        0.0
+    };
     let overlapped = neighbours > 1 || resident.stages > 1;
     let strips = if overlapped {
         moving.max(rounds * (work + exchange)) + agreeing + work / 2.0

@@ -23,8 +23,8 @@
 use super::kernel::{Instantiation, Kernel};
 use super::limits::DeviceLimits;
 use super::model;
-pub use super::resident::{Resident, Team};
 use super::resident::{self, Candidate, STAGED_NUMBERS};
+pub use super::resident::{Resident, Team};
 use super::tiling::{self, Demand};
 pub use super::tiling::{Alignment, Tiling};
 use super::tuning;
@@ -344,7 +344,8 @@ impl std::fmt::Display for Choice {
             self.grid.map(|grid| format!("{grid} in all")),
             self.threads.map(|threads| format!("{threads} threads")),
             self.stages.map(|stages| format!("{stages} stages")),
-            self.bulk.map(|bulk| if bulk { "bulk copies" } else { "own copies" }.to_owned()),
+            self.bulk
+                .map(|bulk| if bulk { "bulk copies" } else { "own copies" }.to_owned()),
             self.vector.map(|vector| format!("vectors of {vector}")),
             self.width.map(|width| format!("strips of {width} vectors")),
         ];
@@ -570,9 +571,7 @@ impl Planner<'_> {
             problem: &full,
             limits: self.limits,
         };
-        let time = |kernels: &[KernelLaunch]| {
-            model::modelled_time(kernels, self.limits, &tuning::COSTS)
-        };
+        let time = |kernels: &[KernelLaunch]| model::modelled_time(kernels, self.limits, &tuning::COSTS);
         let best = planner
             .resident_candidates()
             .into_iter()

@@ -58,7 +58,9 @@ impl std::str::FromStr for Team {
             .into_iter()
             .chain(clusters)
             .find(|team| team.to_string() == text)
-            .ok_or_else(|| format!("unknown team {text:?}: expected block, cluster2, cluster4, cluster8, cluster16 or grid"))
+            .ok_or_else(|| {
+                format!("unknown team {text:?}: expected block, cluster2, cluster4, cluster8, cluster16 or grid")
+            })
     }
 }
 
@@ -318,7 +320,8 @@ impl Chip<'_> {
         let of_multiprocessor = (u64::from(limits.shared_memory_per_multiprocessor) / blocks).saturating_sub(reserved);
         let room = of_multiprocessor.min(u64::from(limits.shared_memory_per_block));
         // Buffers are rounded up to whole 16 bytes.
-        (room & !(VECTOR_BYTES - 1)).saturating_sub(self.fixed_bytes(team).next_multiple_of(VECTOR_BYTES)) / self.item_bytes()
+        (room & !(VECTOR_BYTES - 1)).saturating_sub(self.fixed_bytes(team).next_multiple_of(VECTOR_BYTES))
+            / self.item_bytes()
     }
 
     /// Blocks that fit a multiprocessor with this share; 0 if none does.
@@ -365,7 +368,11 @@ impl Chip<'_> {
             }
             let fewest = work.div_ceil(share).max(2);
             let most = strips.min(blocks / fewest);
-            for teams in GRID_TEAMS.into_iter().chain([most]).filter(|&teams| teams >= 1 && teams <= most) {
+            for teams in GRID_TEAMS
+                .into_iter()
+                .chain([most])
+                .filter(|&teams| teams >= 1 && teams <= most)
+            {
                 let share = work.div_ceil((blocks / teams).min(work));
                 let splits = work.div_ceil(share);
                 if splits > 1 {

@@ -73,7 +73,8 @@ fn main() {
             let mut ours = None;
             for (peer, times) in peers.iter().zip(&mut times) {
                 times.sort_by(f64::total_cmp);
-                let [p10, median, p90] = [0.1, 0.5, 0.9].map(|share| times[((rounds - 1) as f64 * share).round() as usize]);
+                let [p10, median, p90] =
+                    [0.1, 0.5, 0.9].map(|share| times[((rounds - 1) as f64 * share).round() as usize]);
                 let ours = *ours.get_or_insert(median);
                 if arguments.json {
                     let line = json!({

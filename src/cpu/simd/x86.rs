@@ -195,7 +195,9 @@ impl Level for Avx2 {
             let low = bf16_bits_256(_mm256_loadu_ps(lanes.as_ptr()));
             let high = bf16_bits_256(_mm256_loadu_ps(lanes.as_ptr().add(LANES / 2)));
             // Packs the 128-bit halves apart from each other, so the two middle quarters must change places.
-            std::mem::transmute(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high)))
+            std::mem::transmute(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(
+                low, high,
+            )))
         }
     }
 
