@@ -379,6 +379,21 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         Ok(y)
     }
 
+    /// [`BatchNorm2d::forward_train`] into `y`, which is replaced by a new buffer if its length is not the shape's. So a loop
+    /// that keeps `y` allocates once: memory that was never written costs more than the pass itself, since the system
+    /// provides it page by page.
+    ///
+    /// # Errors
+    /// As [`BatchNorm2d::forward_train`]; [`Error::OutOfMemory`].
+    pub fn forward_train_reusing<T, X>(&mut self, x: &X, y: &mut B::Buffer<T>, saved: &mut Saved<B, T>) -> Result<()>
+    where
+        T: Element<Param = P>,
+        X: AsTensor<B, T> + ?Sized,
+    {
+        self.fit(saved.shape, y)?;
+        self.forward_train(x, y, saved)
+    }
+
     /// `y = bn(x)` by the running statistics, which stay as they are.
     ///
     /// # Errors
@@ -445,6 +460,29 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         let mut y = self.backend.zeros::<T>(shape.len()?)?;
         self.forward_eval(shape, x, &mut y)?;
         Ok(y)
+    }
+
+    /// [`BatchNorm2d::forward_eval`] into `y`, which is replaced by a new buffer if its length is not the shape's; see
+    /// [`BatchNorm2d::forward_train_reusing`].
+    ///
+    /// # Errors
+    /// As [`BatchNorm2d::forward_eval`]; [`Error::OutOfMemory`].
+    pub fn forward_eval_reusing<T, X>(&self, shape: Shape, x: &X, y: &mut B::Buffer<T>) -> Result<()>
+    where
+        T: Element<Param = P>,
+        X: AsTensor<B, T> + ?Sized,
+    {
+        self.fit(shape, y)?;
+        self.forward_eval(shape, x, y)
+    }
+
+    /// Replaces a buffer that has not the length of `shape`.
+    fn fit<T: Element<Param = P>>(&self, shape: Shape, buffer: &mut B::Buffer<T>) -> Result<()> {
+        let len = shape.len()?;
+        if B::view_len(&buffer.view()) != len {
+            *buffer = self.backend.zeros(len)?;
+        }
+        Ok(())
     }
 
     /// Evaluation by the statistics of the batch at hand, for a module that tracks none: PyTorch's evaluation with

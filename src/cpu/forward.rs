@@ -16,8 +16,8 @@ use crate::backend::{ForwardEpilogue, ForwardPass, ForwardStatistics, InputOutpu
 use crate::config::Momentum;
 use crate::element::{Element, Real};
 
-/// Runs a forward pass with the instructions of `simd`.
-pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>) {
+/// Runs a forward pass with the instructions of `simd`, on one thread below `threads_from` bytes.
+pub(super) fn forward<T: Element>(simd: Simd, threads_from: usize, pass: ForwardPass<'_, '_, Cpu, T>) {
     let (x, y) = match pass.tensors {
         InputOutput::Separate { x, y } => (Source::from(x), Sink::from(y)),
         InputOutput::InPlace { x } => {
@@ -56,6 +56,7 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
     let geometry = Geometry::new(pass.shape);
     let forward = Forward {
         simd,
+        threads_from,
         geometry,
         normalisation: Normalisation {
             statistics,
@@ -99,6 +100,7 @@ pub(super) fn count<P: Real>(batches: &mut i64, momentum: Momentum) -> P {
 /// A forward pass in the backend's terms.
 struct Forward<'a, T: Element, E> {
     simd: Simd,
+    threads_from: usize,
     geometry: Geometry,
     normalisation: Normalisation<'a, T::Param>,
     batch: Option<Batch<'a, T::Param>>,
@@ -124,6 +126,7 @@ impl<T: Element> Forward<'_, T, ()> {
         };
         let forward = Forward {
             simd: self.simd,
+            threads_from: self.threads_from,
             geometry: self.geometry,
             normalisation: self.normalisation,
             batch: self.batch,
@@ -134,7 +137,7 @@ impl<T: Element> Forward<'_, T, ()> {
                 streamed,
             },
         };
-        run(&self.geometry, phases, &forward);
+        run(&self.geometry, phases, self.threads_from, &forward);
     }
 }
 

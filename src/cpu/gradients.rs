@@ -29,8 +29,13 @@ pub(super) enum Part {
     Parameters,
 }
 
-/// Runs a backward pass, or a part of one, with the instructions of `simd`.
-pub(super) fn backward<T: Element>(simd: Simd, pass: &mut BackwardPass<'_, '_, Cpu, T>, part: Part) {
+/// Runs a backward pass, or a part of one, with the instructions of `simd`, on one thread below `threads_from` bytes.
+pub(super) fn backward<T: Element>(
+    simd: Simd,
+    threads_from: usize,
+    pass: &mut BackwardPass<'_, '_, Cpu, T>,
+    part: Part,
+) {
     let (dy, dx) = match &mut pass.flow {
         GradientFlow::Stops { dy } => (Source::from(*dy), None),
         GradientFlow::Separate { dy, dx } => (Source::from(*dy), Some(Sink::from(&mut **dx))),
@@ -50,6 +55,7 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: &mut BackwardPass<'_, '_, C
     let geometry = Geometry::new(pass.shape);
     let gradients = Gradients {
         simd,
+        threads_from,
         geometry,
         normalisation: Normalisation {
             statistics,
@@ -91,6 +97,7 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: &mut BackwardPass<'_, '_, C
 /// A backward pass in the backend's terms.
 struct Gradients<'a, T: Element, E> {
     simd: Simd,
+    threads_from: usize,
     geometry: Geometry,
     normalisation: Normalisation<'a, T::Param>,
     /// Whether the gradient flows through the statistics too.
@@ -109,6 +116,7 @@ impl<'a, T: Element> Gradients<'a, T, ()> {
         } = self.elements;
         let gradients = Gradients {
             simd: self.simd,
+            threads_from: self.threads_from,
             geometry: self.geometry,
             normalisation: self.normalisation,
             training: self.training,
@@ -126,7 +134,7 @@ impl<'a, T: Element> Gradients<'a, T, ()> {
             },
         };
         if let Some(phases) = gradients.phases() {
-            run(&self.geometry, phases, &gradients);
+            run(&self.geometry, phases, self.threads_from, &gradients);
         }
     }
 }

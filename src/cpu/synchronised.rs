@@ -48,7 +48,7 @@ impl SyncBackend for Cpu {
             found: [&mut saved.pivot, &mut saved.mean_offset, &mut variance]
                 .map(|found| Sink::from(found.as_mut_slice())),
         };
-        run(&geometry, Phases::Reduce, &rank);
+        run(&geometry, Phases::Reduce, self.threads_from, &rank);
         let found = [&saved.pivot, &saved.mean_offset, &variance];
         write_message(exchange.layout, &mut exchange.statistics, found);
         workspace.vectors()[0] = variance;
@@ -124,7 +124,7 @@ impl SyncBackend for Cpu {
         pass: &mut BackwardPass<'_, '_, Self, T>,
         exchange: &mut Exchange<Self>,
     ) -> Result<()> {
-        gradients::backward(Simd::detect(), pass, Part::Sums);
+        gradients::backward(Simd::detect(), self.threads_from, pass, Part::Sums);
         let [sum, slope] = pass.workspace.vectors();
         write_message(exchange.layout, &mut exchange.sums, [sum, slope]);
         Ok(())
@@ -156,8 +156,8 @@ impl SyncBackend for Cpu {
         pass: &mut BackwardPass<'_, '_, Self, T>,
         _exchange: &mut Exchange<Self>,
     ) -> Result<()> {
-        gradients::backward(Simd::detect(), pass, Part::Elements);
-        gradients::backward(Simd::detect(), pass, Part::Parameters);
+        gradients::backward(Simd::detect(), self.threads_from, pass, Part::Elements);
+        gradients::backward(Simd::detect(), self.threads_from, pass, Part::Parameters);
         Ok(())
     }
 }
