@@ -516,6 +516,17 @@ impl Cuda {
     }
 }
 
+impl KernelLaunch {
+    /// The same in `cudarc`'s terms.
+    pub(super) fn config(&self) -> LaunchConfig {
+        LaunchConfig {
+            grid_dim: (self.grid, 1, 1),
+            block_dim: (self.block(), 1, 1),
+            shared_mem_bytes: self.shared_bytes,
+        }
+    }
+}
+
 pub(super) fn alignment<const N: usize>(addresses: [Option<CUdeviceptr>; N]) -> Alignment {
     Alignment::of(addresses.into_iter().flatten())
 }
@@ -526,11 +537,7 @@ pub(super) fn launch_kernel<A: DeviceRepr>(
     launch: &KernelLaunch,
     arguments: &A,
 ) -> Result<()> {
-    let config = LaunchConfig {
-        grid_dim: (launch.grid, 1, 1),
-        block_dim: (launch.block(), 1, 1),
-        shared_mem_bytes: launch.shared_bytes,
-    };
+    let config = launch.config();
     // SAFETY: the function is the kernel of the plan, which takes one structure of this type by value. The addresses in it
     // are of buffers of this context that hold as many elements as the plan's shape has (the module has checked them, the
     // workspace was made for the shape), whose guards live until all launches of the pass are on the stream, and of which

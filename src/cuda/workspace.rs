@@ -3,7 +3,7 @@
 use cudarc::driver::CudaSlice;
 
 use super::Cuda;
-use super::plan::{Alignment, Operation, Plan, Problem, Stage};
+use super::plan::{Alignment, Choice, Operation, Plan, Problem, Stage};
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Result;
@@ -51,9 +51,12 @@ impl<T: Element> Workspace<T> {
                     stage,
                     ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
                 };
-                let plan = Plan::chosen(&problem, &cuda.device.limits, &cuda.choice)?;
-                partials = plan.partials().max(partials);
-                counters = plan.counters().max(counters);
+                // What the driver finds too large takes the general path.
+                for choice in [cuda.choice, Choice::GENERAL] {
+                    let plan = Plan::chosen(&problem, &cuda.device.limits, &choice)?;
+                    partials = plan.partials().max(partials);
+                    counters = plan.counters().max(counters);
+                }
             }
         }
         Ok(Self {
