@@ -109,10 +109,10 @@ fn fingerprints(cuda: &Cuda, small: bool) -> Result<Value> {
         for (turn, choice) in CHOICES.into_iter().enumerate() {
             for epilogue in Epilogue::ALL {
                 for (place, dtype) in Dtype::ALL.into_iter().enumerate() {
-                    // On the resident paths each type with one epilogue, another one each time; of a small run each
-                    // kernel with one type.
+                    // On the resident paths two types with one epilogue, others each time; of a small run each kernel
+                    // with one type.
                     let turn = number + turn;
-                    let in_turn = epilogue == Epilogue::ALL[(turn + place) % 3];
+                    let in_turn = epilogue == Epilogue::ALL[(turn + place) % 3] && (turn + place).is_multiple_of(2);
                     if !(choice.general || in_turn) || (small && !(in_turn && place == turn % 4)) {
                         continue;
                     }

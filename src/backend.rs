@@ -111,7 +111,7 @@ pub trait Backend: Sealed + Clone + std::fmt::Debug + Send + Sync + Sized + 'sta
     /// Computes gradients. The shape is not empty.
     ///
     /// # Errors
-    /// The driver's errors.
+    /// The driver's errors. The gradients at weight and bias are changed by the last launch alone.
     #[doc(hidden)]
     fn backward<T: Element>(&self, pass: BackwardPass<'_, '_, Self, T>) -> Result<()>;
 }

@@ -477,7 +477,7 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
     ///
     /// # Errors
     /// [`Error::Length`], [`Error::VectorLength`], [`Error::Context`], [`Error::SavedMismatch`], [`Error::SavedEmpty`],
-    /// [`Error::NotAffine`] before anything is launched; the driver's.
+    /// [`Error::NotAffine`] before anything is launched; the driver's. `gradients` is as it was then, unless the device is lost.
     pub fn backward<T, X, D, G>(
         &self,
         x: &X,

@@ -81,7 +81,9 @@ fn every_way<T: Element>(profile: &str) {
             }
         }
     }
-    for team in teams() {
+    // The small device has no room for 16 blocks at a time.
+    let most = if profile == "h200" { 16 } else { 8 };
+    for team in teams().into_iter().filter(|team| team.cluster() <= most) {
         for (stages, bulk) in copies() {
             assert!(
                 ran.contains(&(team, stages, bulk)),
