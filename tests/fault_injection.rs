@@ -673,23 +673,16 @@ fn every_call_may_fail() {
     });
 }
 
-/// The paths run every kernel that there is, but those that join ranks: `tests/sync_cuda.rs` lets their calls fail.
+/// The paths run every kernel that there is, but those that join what ranks tell each other: tests/sync_cuda.rs has the like
+/// for these.
 #[test]
 fn every_kernel_is_on_a_path() {
     let ran: BTreeSet<String> = PATHS
         .iter()
         .flat_map(|path| with_element!(path.dtype, E => Undisturbed::<E>::run(path).kernels))
         .collect();
-    let all: BTreeSet<String> = Kernel::ALL
-        .iter()
-        .filter(|kernel| {
-            !matches!(
-                kernel,
-                Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning
-            )
-        })
-        .map(|kernel| kernel.name().to_owned())
-        .collect();
+    let alone = Kernel::ALL.iter().filter(|kernel| !kernel.per_channel());
+    let all: BTreeSet<String> = alone.map(|kernel| kernel.name().to_owned()).collect();
     assert_eq!(ran, all);
 }
 
