@@ -10,13 +10,16 @@ use std::{env, fs};
 
 use sha2::{Digest, Sha256};
 
-const KERNELS: [&str; 6] = [
+const KERNELS: [&str; 9] = [
     "statistics",
     "apply",
     "backward_reduce",
     "backward_apply",
     "resident_forward",
     "resident_backward",
+    "merge_statistics",
+    "merge_sums",
+    "update_running",
 ];
 
 fn main() {

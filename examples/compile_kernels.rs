@@ -67,7 +67,7 @@ impl Selection {
 fn is_usual(one: &Instantiation) -> bool {
     let typical = !one.wide_index && is_widest(one);
     match &one.resident {
-        None => typical && one.threads == 256,
+        None => one.kernel.per_channel() || (typical && one.threads == 256),
         Some(resident) => {
             let copies = match one.walk {
                 Walk::PlanesWithEdges => [(1, false), (2, false)],

@@ -10,6 +10,9 @@
 // Per task the strip's per-channel numbers. It is the last launch, so it writes the gradients at weight and bias too,
 // where they are wanted.
 //
+// In a synchronised pass merge_sums.cu has made the means over the batch of all ranks, while weight and bias get the
+// gradients of this rank's batch alone.
+//
 // Called by the launcher of backward passes. One block of THREADS threads per task; shared memory: Staged::ROWS + 2
 // numbers per channel of a strip. dx may lie over dy. Tasks are taken from the last to the first, as in apply.cu.
 #include "epilogue.cuh"
@@ -23,9 +26,11 @@ struct Arguments {
   Element* dx;  // absent: not wanted
   Element* dz;  // absent: not wanted
   Normalisation normalisation;
-  const Real* sum;          // Σ g per channel
-  const Real* sum_centred;  // Σ g * (x - mean) per channel
-  u64 values;               // n
+  const Real* sum;           // Σ g per channel, of this device's batch
+  const Real* sum_centred;   // Σ g * (x - mean) per channel
+  const Real* mean;          // Σ g / n over the batch of all ranks; absent: the sums above say it all
+  const Real* mean_centred;  // Σ g * (x - mean) / n
+  u64 values;                // n of this device
   ParameterGradients gradients;
   Tiling tiling;
 };
@@ -45,15 +50,19 @@ KERNEL(backward_apply, Arguments, THREADS) {
       const Real invstd = staged.at(Staged::INVSTD, channel);
       const Index c = task.channel + channel;
       const bool writes = arguments.gradients.weight && task.split == 0;
+      const bool alone = BATCH_STATISTICS && !arguments.mean;
       Real sum = Real(0), sum_centred = Real(0);
-      if (BATCH_STATISTICS || writes) {
+      if (alone || writes) {
         sum = load_one(arguments.sum + c);
         sum_centred = load_one(arguments.sum_centred + c);
       }
-      if (BATCH_STATISTICS) {
+      if (alone) {
         const Real values = (Real)arguments.values;
         staged.at(MEAN_GRADIENT, channel) = divide_rn(sum, values);
         staged.at(SLOPE, channel) = slope_of(sum_centred, invstd, values);
+      } else if (BATCH_STATISTICS) {
+        staged.at(MEAN_GRADIENT, channel) = load_one(arguments.mean + c);
+        staged.at(SLOPE, channel) = slope_of(load_one(arguments.mean_centred + c), invstd, Real(1));
       }
       if (writes) arguments.gradients.write(c, sum, sum_centred, invstd);
     }

@@ -48,7 +48,7 @@ enum { WARP = 32 };  // threads that run in step
 #else
 #define CLUSTER_SHAPE
 #endif
-#define RESIDENT_KERNEL(name, Arguments)                                  \
+#define RESIDENT_KERNEL(name, Arguments)                                      \
   extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(THREADS, BLOCKS) \
       name(const __grid_constant__ Arguments arguments)
 
@@ -201,8 +201,8 @@ DEVICE u32 arrive(u32* counter) {
   return before;
 }
 
-// Waits until so many have arrived at the counter, and sees what they wrote before. Blocks that wait for each other must
-// all be running: a cooperative launch sees to it.
+// Waits until so many have arrived at the counter, and sees what they wrote before. Blocks that wait for each other
+// must all be running: a cooperative launch sees to it.
 DEVICE void await_arrivals(const u32* counter, u32 arrivals) {
   u32 seen;
   do {
@@ -254,7 +254,8 @@ DEVICE Vector<T, N> load_remote(Remote<T> from, u32 index) {
 // ---- asynchronous copies -------------------------------------------------------------------------------------------
 
 // Starts this thread's copy of N elements from global to shared memory. They are there once the thread has waited, and
-// for other threads after a barrier behind that. Before compute capability 8.0, and for 2 bytes, it is an ordinary copy.
+// for other threads after a barrier behind that. Before compute capability 8.0, and for 2 bytes, it is an ordinary
+// copy.
 template <int N, class T>
 DEVICE void copy_async(T* shared, const T* global) {
   enum { BYTES = sizeof(T) * N };
@@ -264,7 +265,8 @@ DEVICE void copy_async(T* shared, const T* global) {
     return;
   }
   if (BYTES == 4 || BYTES == 8) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global), "n"(BYTES == 8 ? 8 : 4)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "n"(BYTES == 8 ? 8 : 4)
                  : "memory");
     return;
   }

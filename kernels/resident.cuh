@@ -18,8 +18,8 @@
 
 enum { TEAM_BLOCK, TEAM_CLUSTER, TEAM_GRID };
 
-// A block's shared memory: the mbarriers, TENSORS buffers per stage, the block's results for its peers in a cluster, the
-// per-channel numbers, and the exchange of reduce.cuh. The host computes the same size.
+// A block's shared memory: the mbarriers, TENSORS buffers per stage, the block's results for its peers in a cluster,
+// the per-channel numbers, and the exchange of reduce.cuh. The host computes the same size.
 template <int TENSORS, int ROWS>
 struct Chip {
   enum { BARRIERS = 16 };  // bytes
@@ -29,9 +29,7 @@ struct Chip {
   u32 channels;
 
   DEVICE Chip(u8* memory, const Tiling& tiling)
-      : memory(memory),
-        vectors((u32)tiling.share * (u32)tiling.width),
-        channels((u32)tiling.strip_channels) {}
+      : memory(memory), vectors((u32)tiling.share * (u32)tiling.width), channels((u32)tiling.strip_channels) {}
 
   DEVICE u64* barrier(u32 stage) const { return (u64*)memory + stage; }
   DEVICE Element* buffer(u32 stage, u32 tensor) const {
@@ -71,9 +69,9 @@ DEVICE void start_barriers(u64* first) {
 
 // The rows that a share touches, each with the piece of it that belongs to the share.
 struct Piece {
-  Index from;        // in the share, in vectors
-  Index offset;      // of its first element
-  u32 bytes;         // 0: there is no such row
+  Index from;    // in the share, in vectors
+  Index offset;  // of its first element
+  u32 bytes;     // 0: there is no such row
 };
 
 DEVICE Piece piece_of_row(const Tiling& tiling, const Task& task, const Share& share, Index number) {
@@ -221,8 +219,8 @@ DEVICE void leave_team(u32 laps) {
 #endif
 }
 
-// Takes a team through its strips: `begin(task)` before the strip's values have come, `work(task, stage, lap)` once they
-// have.
+// Takes a team through its strips: `begin(task)` before the strip's values have come, `work(task, stage, lap)` once
+// they have.
 template <int TENSORS, int ROWS, class Begin, class Work>
 DEVICE void for_each_strip(const Chip<TENSORS, ROWS>& chip, const Tiling& tiling,
                            const Element* const (&tensors)[TENSORS], Begin begin, Work work) {

@@ -1,9 +1,9 @@
 // A whole forward pass by batch statistics in one launch: y = epilogue((x - mean) * invstd * weight + bias), with the
 // statistics, and in training the running ones.
 //
-// Reads x once (and the residual), writes y once: 2T bytes, 3T with a residual. Per block and strip it reads the channels'
-// first elements, weights and biases; per channel it writes pivot, mean_offset and invstd, and moves the running
-// statistics. A grid team also writes and reads one partial result per channel and block.
+// Reads x once (and the residual), writes y once: 2T bytes, 3T with a residual. Per block and strip it reads the
+// channels' first elements, weights and biases; per channel it writes pivot, mean_offset and invstd, and moves the
+// running statistics. A grid team also writes and reads one partial result per channel and block.
 //
 // Called by the launcher of forward passes. Blocks of THREADS threads, a whole number of teams of `splits` blocks each;
 // shared memory as resident.cuh lays it out. y may lie over x.

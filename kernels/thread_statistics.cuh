@@ -1,8 +1,8 @@
 // What one thread learns of mean and variance on its way through a task.
 //
-// It takes its vectors UNROLL at a time, so that as many loads are under way. It finds mean and variance of such a chunk
-// in registers, in two passes, and joins the chunk to what it has by Welford's rule: exact about the chunk, and one
-// division for all of it.
+// It takes its vectors UNROLL at a time, so that as many loads are under way. It finds mean and variance of such a
+// chunk in registers, in two passes, and joins the chunk to what it has by Welford's rule: exact about the chunk, and
+// one division for all of it.
 #pragma once
 #include "normalise.cuh"
 #include "welford.cuh"

@@ -201,6 +201,8 @@ pub enum ForwardStatistics<'a, B: Backend, T: Element> {
         /// Variance per channel.
         variance: B::View<'a, T::Param>,
     },
+    /// Found before: those of all ranks' batches, in a synchronised pass.
+    Saved(&'a BatchStatistics<B, T>),
     /// Of this batch.
     Batch {
         /// Where they are left for the backward pass.

@@ -27,10 +27,10 @@ use crate::shape::Shape;
 /// copies to the host.
 #[derive(Debug)]
 pub struct BatchNorm2d<B: Backend, P: Real = f32> {
-    backend: B,
-    config: BatchNorm2dConfig,
-    parameters: Option<Parameters<B, P>>,
-    running: Option<RunningStatistics<B, P>>,
+    pub(crate) backend: B,
+    pub(crate) config: BatchNorm2dConfig,
+    pub(crate) parameters: Option<Parameters<B, P>>,
+    pub(crate) running: Option<RunningStatistics<B, P>>,
 }
 
 /// What is learnt: one weight and one bias per channel.
@@ -56,13 +56,13 @@ pub(crate) struct RunningStatistics<B: Backend, P: Real> {
 /// use another's; the statistics are those of the last forward pass, whichever module ran it.
 #[derive(Debug)]
 pub struct Saved<B: Backend, T: Element> {
-    backend: B,
-    shape: Shape,
-    epilogue: Epilogue,
-    statistics: BatchStatistics<B, T>,
-    workspace: B::Workspace<T>,
+    pub(crate) backend: B,
+    pub(crate) shape: Shape,
+    pub(crate) epilogue: Epilogue,
+    pub(crate) statistics: BatchStatistics<B, T>,
+    pub(crate) workspace: B::Workspace<T>,
     /// Whether a forward pass has filled the statistics.
-    filled: bool,
+    pub(crate) filled: bool,
 }
 
 impl<B: Backend, T: Element> Saved<B, T> {
@@ -97,12 +97,12 @@ impl<B: Backend, T: Element> Saved<B, T> {
         self.backend.to_vec(self.statistics.invstd.view())
     }
 
-    fn check_filled(&self) -> Result<()> {
+    pub(crate) fn check_filled(&self) -> Result<()> {
         if self.filled { Ok(()) } else { Err(Error::SavedEmpty) }
     }
 
     /// Refuses to serve a call it was not prepared for.
-    fn check_prepared(&self, backend: &B, channels: usize, epilogue: Epilogue) -> Result<()> {
+    pub(crate) fn check_prepared(&self, backend: &B, channels: usize, epilogue: Epilogue) -> Result<()> {
         let mismatch = |what, expected: String, got: String| Err(Error::SavedMismatch { what, expected, got });
         if !self.backend.same_device(backend) {
             return mismatch("device", format!("{:?}", self.backend), format!("{backend:?}"));
@@ -259,6 +259,15 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
     /// # Errors
     /// As [`BatchNorm2d::prepare`].
     pub fn prepare_fused<T: Element<Param = P>>(&self, shape: Shape, epilogue: Epilogue) -> Result<Saved<B, T>> {
+        self.prepare_with(shape, epilogue, || self.backend.prepare::<T>(shape, epilogue))
+    }
+
+    pub(crate) fn prepare_with<T: Element<Param = P>>(
+        &self,
+        shape: Shape,
+        epilogue: Epilogue,
+        workspace: impl FnOnce() -> Result<B::Workspace<T>>,
+    ) -> Result<Saved<B, T>> {
         self.check_shape(shape)?;
         let zeros = || self.backend.zeros::<P>(self.config.num_features);
         Ok(Saved {
@@ -270,7 +279,7 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
                 mean_offset: zeros()?,
                 invstd: zeros()?,
             },
-            workspace: self.backend.prepare::<T>(shape, epilogue)?,
+            workspace: workspace()?,
             filled: false,
         })
     }
@@ -370,6 +379,21 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         Ok(y)
     }
 
+    /// [`BatchNorm2d::forward_train`] into `y`, which is replaced by a new buffer if its length is not the shape's. So a loop
+    /// that keeps `y` allocates once: memory that was never written costs more than the pass itself, since the system
+    /// provides it page by page.
+    ///
+    /// # Errors
+    /// As [`BatchNorm2d::forward_train`]; [`Error::OutOfMemory`].
+    pub fn forward_train_reusing<T, X>(&mut self, x: &X, y: &mut B::Buffer<T>, saved: &mut Saved<B, T>) -> Result<()>
+    where
+        T: Element<Param = P>,
+        X: AsTensor<B, T> + ?Sized,
+    {
+        self.fit(saved.shape, y)?;
+        self.forward_train(x, y, saved)
+    }
+
     /// `y = bn(x)` by the running statistics, which stay as they are.
     ///
     /// # Errors
@@ -436,6 +460,29 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
         let mut y = self.backend.zeros::<T>(shape.len()?)?;
         self.forward_eval(shape, x, &mut y)?;
         Ok(y)
+    }
+
+    /// [`BatchNorm2d::forward_eval`] into `y`, which is replaced by a new buffer if its length is not the shape's; see
+    /// [`BatchNorm2d::forward_train_reusing`].
+    ///
+    /// # Errors
+    /// As [`BatchNorm2d::forward_eval`]; [`Error::OutOfMemory`].
+    pub fn forward_eval_reusing<T, X>(&self, shape: Shape, x: &X, y: &mut B::Buffer<T>) -> Result<()>
+    where
+        T: Element<Param = P>,
+        X: AsTensor<B, T> + ?Sized,
+    {
+        self.fit(shape, y)?;
+        self.forward_eval(shape, x, y)
+    }
+
+    /// Replaces a buffer that has not the length of `shape`.
+    fn fit<T: Element<Param = P>>(&self, shape: Shape, buffer: &mut B::Buffer<T>) -> Result<()> {
+        let len = shape.len()?;
+        if B::view_len(&buffer.view()) != len {
+            *buffer = self.backend.zeros(len)?;
+        }
+        Ok(())
     }
 
     /// Evaluation by the statistics of the batch at hand, for a module that tracks none: PyTorch's evaluation with
@@ -534,14 +581,35 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
     where
         T: Element<Param = P>,
     {
-        if backward.parameters.is_some() && self.parameters.is_none() {
-            return Err(Error::NotAffine);
-        }
-        backward.validate(&self.backend, shape)?;
+        self.check_backward(&backward, shape)?;
         if shape.is_empty() {
             return self.zero_parameter_gradients(backward);
         }
-        self.backend.backward(BackwardPass {
+        self.backend
+            .backward(self.backward_pass(backward, shape, statistics, workspace))
+    }
+
+    pub(crate) fn check_backward<T>(&self, backward: &Backward<'_, B, T>, shape: Shape) -> Result<()>
+    where
+        T: Element<Param = P>,
+    {
+        if backward.parameters.is_some() && self.parameters.is_none() {
+            return Err(Error::NotAffine);
+        }
+        backward.validate(&self.backend, shape)
+    }
+
+    pub(crate) fn backward_pass<'t, 'm, T>(
+        &'m self,
+        backward: Backward<'t, B, T>,
+        shape: Shape,
+        statistics: BackwardStatistics<'m, B, T>,
+        workspace: &'m mut B::Workspace<T>,
+    ) -> BackwardPass<'t, 'm, B, T>
+    where
+        T: Element<Param = P>,
+    {
+        BackwardPass {
             shape,
             eps: self.config.eps,
             x: backward.x,
@@ -552,11 +620,11 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
             parameters: backward.parameters,
             statistics,
             workspace,
-        })
+        }
     }
 
     /// An empty batch adds nothing to gradients, and written gradients are zero. Allocates.
-    fn zero_parameter_gradients<T>(&self, backward: Backward<'_, B, T>) -> Result<()>
+    pub(crate) fn zero_parameter_gradients<T>(&self, backward: Backward<'_, B, T>) -> Result<()>
     where
         T: Element<Param = P>,
     {
@@ -581,11 +649,6 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
             });
         }
         shape.len().map(|_| ())
-    }
-
-    /// Everything that a state dict is about.
-    pub(crate) fn buffers_mut(&mut self) -> (Option<&mut Parameters<B, P>>, Option<&mut RunningStatistics<B, P>>) {
-        (self.parameters.as_mut(), self.running.as_mut())
     }
 }
 

@@ -150,6 +150,28 @@ pub enum Error {
     )]
     CaptureWithEventTracking,
 
+    /// The ranks of a synchronised batch norm do not do the same thing. Every rank that finds out gets this error.
+    #[error("rank {rank} differs from the others in its {what}: expected {expected}, got {got}")]
+    RanksDisagree {
+        /// What differs.
+        what: &'static str,
+        /// The first rank that differs.
+        rank: usize,
+        /// What the others have.
+        expected: String,
+        /// What that rank has.
+        got: String,
+    },
+
+    /// Ranks cannot reach each other: one has left or is late, or the library between them says so.
+    #[error("collective operation failed at rank {rank}: {message}")]
+    Collective {
+        /// The rank that it happened to.
+        rank: usize,
+        /// What happened.
+        message: String,
+    },
+
     /// CUDA cannot be used on this machine.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
@@ -330,6 +352,17 @@ pub enum Unavailable {
     NoNvrtc {
         /// The libraries looked for.
         tried: Vec<String>,
+    },
+
+    /// NCCL's library is not there.
+    #[cfg(feature = "nccl")]
+    #[error(
+        "no NCCL: {tried} could not be loaded; it comes with NVIDIA's packages libnccl2 and libnccl-dev, or with `pip install \
+         nvidia-nccl-cu13` (then make a link {tried} beside the wheel's libnccl.so.2, and add the folder to LD_LIBRARY_PATH)"
+    )]
+    NoNccl {
+        /// The library looked for.
+        tried: String,
     },
 
     /// NVRTC's code would be newer than the driver understands.

@@ -123,6 +123,18 @@
 //! [`Forward::add_relu`]. [`Forward`] and [`Backward`] also offer the in-place forms, and [`Backward`] the choice of
 //! gradients: of the input alone, of the parameters alone, written or added to what is there.
 //!
+//! # Several GPUs, machines, threads
+//!
+//! [`SyncBatchNorm`] takes a module and a [`Collective`], and normalises by the statistics of all ranks' batches, forward and
+//! backward. With the feature `nccl`, `cudarc`'s communicators are collectives; [`ThreadRank`] is one for threads of a
+//! process, on either backend. Its page says what is synchronised and what is not, and what happens when ranks do not fit
+//! together.
+//!
+//! # Inference
+//!
+//! [`BatchNorm2d::forward_eval`] needs one pass, and with a fused `relu` no other for that. Where a convolution comes before
+//! the module, [`BatchNorm2d::fold_into_conv`] does away with the module altogether.
+//!
 //! # What allocates, and when
 //!
 //! [`BatchNorm2d::new`], [`BatchNorm2d::prepare`] and [`BatchNorm2d::gradients`] allocate, as do the methods that say
@@ -171,7 +183,8 @@
 //! # }
 //! ```
 //!
-//! The graph holds addresses: module, `saved` and tensors must live as long as it is launched.
+//! The graph holds addresses: module, `saved` and tensors must live as long as it is launched. `examples/cuda_graph.rs`
+//! captures a whole training step, and compares the graph's results with those of the steps one by one.
 //!
 //! # Compiled kernels
 //!
@@ -211,6 +224,8 @@
 //! | [`Saved`], [`Gradients`] | what goes from the forward to the backward pass, and what comes out |
 //! | [`Forward`], [`Backward`] | fused and in-place forms, choice of gradients |
 //! | [`StateDict`] | PyTorch's names, safetensors files |
+//! | [`SyncBatchNorm`], [`SyncSaved`], [`Collective`], [`ThreadRank`] | the module over several ranks |
+//! | [`FoldedConv`] | the module folded into a convolution |
 //! | [`Cpu`], [`Cuda`], [`Backend`] | the devices |
 //! | `candle` | the same for candle's tensors, with the feature `candle` |
 //! | [`cuda::plan`] | which kernels run for a shape on a device, and the bytes they move; needs no GPU |
@@ -225,10 +240,12 @@ pub mod cuda;
 mod element;
 mod epilogue;
 mod error;
+mod fold;
 mod overwrite;
 mod request;
 mod shape;
 mod state;
+mod sync;
 mod welford;
 
 mod sealed {
@@ -244,9 +261,11 @@ pub use cuda::Cuda;
 pub use element::{Dtype, Element, Plain, Real};
 pub use epilogue::Epilogue;
 pub use error::{Error, Result, StateError};
+pub use fold::FoldedConv;
 pub use request::{Backward, Forward, Gradients};
 pub use shape::{Layout, Shape};
 pub use state::StateDict;
+pub use sync::{Collective, SyncBackend, SyncBatchNorm, SyncSaved, ThreadRank};
 
 pub use cudarc;
 pub use half;

@@ -238,7 +238,7 @@ impl<B: Backend, P: Real> BatchNorm2d<B, P> {
             .map(|batches| backend.upload(&[batches]))
             .transpose()?;
 
-        let (parameters, running) = self.buffers_mut();
+        let (parameters, running) = (self.parameters.as_mut(), self.running.as_mut());
         let mut changes = Vec::new();
         if let (Some(parameters), Some(weight), Some(bias)) = (parameters, weight, bias) {
             changes.push(Change::boxed(&backend, &mut parameters.weight, weight)?);

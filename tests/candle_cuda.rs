@@ -10,7 +10,7 @@ use batchnorm_cuda::cudarc::driver::CudaContext;
 use candle_core::{DType, Device, Error, ModuleT, Result, Tensor, Var};
 use candle_nn::{Optimizer, SGD, VarBuilder, VarMap};
 use common::candle::{assert_every_form_as_in, assert_golden_files_as_in};
-use common::on_own_stream;
+use common::{Driver, driver, on_own_stream};
 
 fn gpu() -> Device {
     Device::new_cuda(0).expect("a GPU")
@@ -18,6 +18,7 @@ fn gpu() -> Device {
 
 /// The crate's own backend on the same GPU.
 fn cuda() -> Cuda {
+    assert_eq!(driver(), Driver::Real);
     on_own_stream(&CudaContext::new(0).expect("a GPU"))
 }
 

@@ -153,3 +153,26 @@ fn relu_of_special_values() {
         [0, 0, 0, f32::INFINITY.to_bits(), 0]
     );
 }
+
+/// What is meant to save page faults must not allocate where it need not.
+#[test]
+fn a_result_of_the_right_length_keeps_its_memory() {
+    let shape = Shape::nchw(3, 2, 4, 5);
+    let x: Vec<f32> = (0..120).map(|i| i as f32).collect();
+    let mut bn: BatchNorm2d<Cpu> = BatchNorm2d::new(&Cpu::new(), BatchNorm2dConfig::new(2)).unwrap();
+    let mut saved = bn.prepare::<f32>(shape).unwrap();
+    let mut y = Vec::new();
+    bn.forward_train_reusing(&x, &mut y, &mut saved).unwrap();
+    let expected = bn.forward_train_alloc(&x, &mut saved).unwrap();
+    assert_eq!(y, expected);
+
+    let memory = y.as_ptr();
+    bn.forward_train_reusing(&x, &mut y, &mut saved).unwrap();
+    bn.forward_eval_reusing(shape, &x, &mut y).unwrap();
+    assert_eq!(y.as_ptr(), memory);
+    assert_eq!(y, bn.forward_eval_alloc(shape, &x).unwrap());
+
+    let fewer = Shape::nchw(1, 2, 4, 5);
+    bn.forward_eval_reusing(fewer, &x[..40], &mut y).unwrap();
+    assert_eq!(y, bn.forward_eval_alloc(fewer, &x[..40]).unwrap());
+}

@@ -218,3 +218,24 @@ fn a_step_is_launches_and_nothing_else() {
         }
     });
 }
+
+/// And so is a capture of it: the driver refuses what a graph cannot hold, and the stand-in counts that it was not asked.
+#[test]
+fn a_capture_is_launches_and_nothing_else() {
+    alone("a_capture_is_launches_and_nothing_else", || {
+        let context = context_without_events();
+        for shape in shapes() {
+            let mut training = Training::new(&on_own_stream(&context), shape);
+            training.step().unwrap();
+            let before = emulator::thread_calls();
+            let graph = training.capture();
+            let after = emulator::thread_calls();
+            let expected = emulator::Calls {
+                launches: after.launches,
+                ..before
+            };
+            assert_eq!(after, expected);
+            graph.launch().unwrap();
+        }
+    });
+}

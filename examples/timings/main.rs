@@ -8,15 +8,17 @@
 //! ```text
 //! cargo run --release --example timings -- --json --threads 2
 //! cargo run --release --example timings -- --shape 32x64x56x56 --element f32 --op train --bar 3
+//! cargo run --release --example timings -- --crossover
 //! ```
 
 mod copies;
+mod crossover;
 mod pass;
 
 use std::io::BufRead;
 use std::process::ExitCode;
 
-use batchnorm_cuda::{Dtype, Layout, Result, Shape};
+use batchnorm_cuda::{Cpu, Dtype, Layout, Result, Shape};
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde_json::{Value, json};
@@ -64,6 +66,10 @@ struct Arguments {
     #[arg(long)]
     bar: Option<f64>,
 
+    /// Measure from which size on several threads are faster than one, instead.
+    #[arg(long)]
+    crossover: bool,
+
     /// Answer requests on standard input, such as {"op": "train", "shape": "32x64x56x56", "layout": "nchw", "element":
     /// "f32", "calls": 5}, each with the milliseconds of so many calls.
     #[arg(long)]
@@ -80,7 +86,12 @@ fn main() -> ExitCode {
         pool.install(serve);
         return ExitCode::SUCCESS;
     }
-    match pool.install(|| report(&arguments)) {
+    let outcome = if arguments.crossover {
+        pool.install(|| crossover::measure(arguments.rounds as usize).map(|()| true))
+    } else {
+        pool.install(|| report(&arguments))
+    };
+    match outcome {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
             eprintln!("a pass takes longer than the bar");
@@ -104,7 +115,7 @@ fn report(arguments: &Arguments) -> Result<bool> {
     for &dimensions in &arguments.shape {
         for &layout in &arguments.layout {
             for &element in &arguments.element {
-                let mut passes = passes(shape(dimensions, layout), element)?;
+                let mut passes = passes(Cpu::new(), shape(dimensions, layout), element)?;
                 for &op in &arguments.op {
                     let figures = Figures::measure(passes.as_mut(), op, rounds)?;
                     let case = Case {
@@ -151,7 +162,7 @@ fn answer(
     if prepared.as_ref().is_none_or(|(s, e, _)| (*s, *e) != (shape, element)) {
         // Freed before the next tensors are allocated.
         *prepared = None;
-        let passes = passes(shape, element).map_err(|error| error.to_string())?;
+        let passes = passes(Cpu::new(), shape, element).map_err(|error| error.to_string())?;
         *prepared = Some((shape, element, passes));
     }
     let (_, _, passes) = prepared.as_mut().expect("prepared above");

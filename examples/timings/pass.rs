@@ -60,13 +60,13 @@ pub trait Passes: Send {
     fn streaming_copy(&mut self) -> Result<()>;
 }
 
-/// Prepares the passes over `shape`.
-pub fn passes(shape: Shape, element: Dtype) -> Result<Box<dyn Passes>> {
+/// Prepares the passes of `cpu` over `shape`.
+pub fn passes(cpu: Cpu, shape: Shape, element: Dtype) -> Result<Box<dyn Passes>> {
     Ok(match element {
-        Dtype::F16 => Box::new(Tensors::<f16>::new(shape)?),
-        Dtype::Bf16 => Box::new(Tensors::<bf16>::new(shape)?),
-        Dtype::F32 => Box::new(Tensors::<f32>::new(shape)?),
-        Dtype::F64 => Box::new(Tensors::<f64>::new(shape)?),
+        Dtype::F16 => Box::new(Tensors::<f16>::new(cpu, shape)?),
+        Dtype::Bf16 => Box::new(Tensors::<bf16>::new(cpu, shape)?),
+        Dtype::F32 => Box::new(Tensors::<f32>::new(cpu, shape)?),
+        Dtype::F64 => Box::new(Tensors::<f64>::new(cpu, shape)?),
     })
 }
 
@@ -88,8 +88,8 @@ struct Tensors<T: Element> {
 }
 
 impl<T: Element> Tensors<T> {
-    fn new(shape: Shape) -> Result<Self> {
-        let module = BatchNorm2d::new(&Cpu::new(), BatchNorm2dConfig::new(shape.channels))?;
+    fn new(cpu: Cpu, shape: Shape) -> Result<Self> {
+        let module = BatchNorm2d::new(&cpu, BatchNorm2dConfig::new(shape.channels))?;
         let len = shape.len()?;
         let mut tensors = Self {
             shape,

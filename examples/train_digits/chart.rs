@@ -39,7 +39,7 @@ fn panel(
         .margin(12)
         .x_label_area_size(36)
         .y_label_area_size(52)
-        .build_cartesian_2d(1.0..epochs as f64, least - margin..greatest + margin)?;
+        .build_cartesian_2d(1.0..epochs.max(2) as f64, least - margin..greatest + margin)?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)

@@ -33,8 +33,8 @@ const LEAST_ACCURACY: f64 = 0.97;
 #[derive(Parser)]
 struct Arguments {
     /// How often every training image is seen.
-    #[arg(long, default_value_t = 15)]
-    epochs: usize,
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u16).range(1..))]
+    epochs: u16,
     /// Deals the images, shuffles them, and draws the first weights.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -120,7 +120,7 @@ fn train<N: Norm>(
     let mut optimizer = SGD::new(variables.all_vars(), 0.0)?;
 
     let batches = train.len().div_ceil(BATCH);
-    let steps = arguments.epochs * batches;
+    let steps = usize::from(arguments.epochs) * batches;
     let bar = ProgressBar::new(steps as u64)
         .with_prefix(name)
         .with_style(ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} {eta}").expect("a template"));

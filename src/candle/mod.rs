@@ -2,8 +2,8 @@
 //!
 //! # From candle-nn
 //!
-//! [`BatchNorm2d`] takes the place of [`candle_nn::BatchNorm`], and [`batch_norm`] that of [`candle_nn::batch_norm`]. Where
-//! a model says
+//! [`BatchNorm2d`] takes the place of [`candle_nn::BatchNorm`], and [`batch_norm`] that of
+//! [`candle_nn::batch_norm()`]. Where a model says
 //!
 //! ```
 //! use candle_nn::{batch_norm, BatchNorm};
@@ -122,7 +122,7 @@ pub struct BatchNorm2d {
     without_mean: Option<candle_nn::BatchNorm>,
 }
 
-/// As [`candle_nn::batch_norm`]: a module of the variables `running_mean`, `running_var` and, if affine, `weight` and
+/// As [`candle_nn::batch_norm()`]: a module of the variables `running_mean`, `running_var` and, if affine, `weight` and
 /// `bias` under the builder's prefix. A number converts to a configuration with that eps.
 ///
 /// Where the builder has `num_batches_tracked`, as PyTorch's files do, the count goes on from there; a new [`VarMap`]

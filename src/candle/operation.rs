@@ -366,10 +366,10 @@ impl Operation {
         with_element!(self.purpose.dtype, T => {
             let buffers = self.backward_as::<D, T>(&backend, places, y, dy, wanted)?;
             let beside = places.x.0;
-            let channels = self.purpose.shape.channels;
+            let both = candle_core::Shape::from(2 * self.purpose.shape.channels);
             Ok(Results {
                 x: buffers.x.map(|dx| tensor_of::<D, T>(dx, beside, tensor_shape)),
-                parameters: buffers.parameters.map(|parameters| tensor_of::<D, _>(parameters, beside, &(2 * channels).into())),
+                parameters: buffers.parameters.map(|parameters| tensor_of::<D, _>(parameters, beside, &both)),
                 residual: buffers.residual.map(|dz| tensor_of::<D, T>(dz, beside, tensor_shape)),
             })
         })

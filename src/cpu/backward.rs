@@ -192,6 +192,8 @@ impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param
 /// What becomes of the sums: the gradients at weight and bias, and what the gradient at x needs of them.
 pub(super) struct FinishSums<'a, T: Element> {
     pub(super) geometry: &'a Geometry,
+    /// What the sums are divided by for the gradient at x.
+    pub(super) values: usize,
     pub(super) channels: Range<usize>,
     pub(super) normalisation: Normalisation<'a, T::Param>,
     pub(super) partials: Partials<'a, T::Param>,
@@ -212,7 +214,7 @@ impl<T: Element> Kernel for FinishSums<'_, T> {
 
     #[inline(always)]
     fn run<S: Level>(self, level: S) {
-        let values = T::Param::from_f64(self.geometry.values() as f64);
+        let values = T::Param::from_f64(self.values as f64);
         for (at, count) in blocks(self.channels.len()) {
             let channel = self.channels.start + at;
             let sums = PartSums {

@@ -3,10 +3,12 @@
 
 use std::ops::Range;
 
+use super::Cpu;
 use super::geometry::STRIP;
 use super::memory::Source;
 use super::simd::{LANES, Lanes, Level, blocks, lanes, splat};
-use crate::element::Real;
+use crate::backend::BatchStatistics;
+use crate::element::{Element, Real};
 
 /// Index of K, the pivot: the channel's first element, or the running mean.
 pub(super) const PIVOT: usize = 0;
@@ -155,6 +157,17 @@ pub(super) enum Statistics<'a, P> {
         /// 1 / sqrt(variance + eps) per channel.
         invstd: Source<'a, P>,
     },
+}
+
+impl<'a, P: Real> Statistics<'a, P> {
+    /// Those that a forward pass left.
+    pub(super) fn of_batch<T: Element<Param = P>>(saved: &'a BatchStatistics<Cpu, T>) -> Self {
+        Self::Batch {
+            pivot: Source::from(saved.pivot.as_slice()),
+            offset: Source::from(saved.mean_offset.as_slice()),
+            invstd: Source::from(saved.invstd.as_slice()),
+        }
+    }
 }
 
 /// `1 / sqrt(variance + eps)` of a batch. As in PyTorch it is 0 where both are 0, so that a constant channel gives the bias

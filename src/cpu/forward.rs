@@ -16,8 +16,8 @@ use crate::backend::{ForwardEpilogue, ForwardPass, ForwardStatistics, InputOutpu
 use crate::config::Momentum;
 use crate::element::{Element, Real};
 
-/// Runs a forward pass with the instructions of `simd`.
-pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>) {
+/// Runs a forward pass with the instructions of `simd`, on one thread below `threads_from` bytes.
+pub(super) fn forward<T: Element>(simd: Simd, threads_from: usize, pass: ForwardPass<'_, '_, Cpu, T>) {
     let (x, y) = match pass.tensors {
         InputOutput::Separate { x, y } => (Source::from(x), Sink::from(y)),
         InputOutput::InPlace { x } => {
@@ -28,6 +28,7 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
     let eps = T::Param::from_f64(pass.eps);
     let (statistics, batch) = match pass.statistics {
         ForwardStatistics::Running { mean, variance } => (Statistics::Running { mean, variance, eps }, None),
+        ForwardStatistics::Saved(saved) => (Statistics::of_batch(saved), None),
         ForwardStatistics::Batch {
             saved,
             workspace,
@@ -55,6 +56,7 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
     let geometry = Geometry::new(pass.shape);
     let forward = Forward {
         simd,
+        threads_from,
         geometry,
         normalisation: Normalisation {
             statistics,
@@ -78,22 +80,27 @@ pub(super) fn forward<T: Element>(simd: Simd, pass: ForwardPass<'_, '_, Cpu, T>)
 
 /// Counts the batch, and says how far the running statistics move towards it.
 fn count_batch<T: Element>(update: RunningUpdate<'_, Cpu, T>) -> Running<'_, T::Param> {
-    let batches = &mut update.batches[0];
-    *batches += 1;
     Running {
+        factor: count(&mut update.batches[0], update.momentum),
         mean: Sink::from(update.mean),
         variance: Sink::from(update.variance),
-        factor: match update.momentum {
-            Momentum::Factor(momentum) => T::Param::from_f64(momentum),
-            Momentum::CumulativeAverage => T::Param::ONE / T::Param::from_f64(*batches as f64),
-        },
         skip_non_finite: update.skip_non_finite,
+    }
+}
+
+/// Counts a batch; the factor of its statistics in the running ones.
+pub(super) fn count<P: Real>(batches: &mut i64, momentum: Momentum) -> P {
+    *batches += 1;
+    match momentum {
+        Momentum::Factor(momentum) => P::from_f64(momentum),
+        Momentum::CumulativeAverage => P::ONE / P::from_f64(*batches as f64),
     }
 }
 
 /// A forward pass in the backend's terms.
 struct Forward<'a, T: Element, E> {
     simd: Simd,
+    threads_from: usize,
     geometry: Geometry,
     normalisation: Normalisation<'a, T::Param>,
     batch: Option<Batch<'a, T::Param>>,
@@ -119,6 +126,7 @@ impl<T: Element> Forward<'_, T, ()> {
         };
         let forward = Forward {
             simd: self.simd,
+            threads_from: self.threads_from,
             geometry: self.geometry,
             normalisation: self.normalisation,
             batch: self.batch,
@@ -129,7 +137,7 @@ impl<T: Element> Forward<'_, T, ()> {
                 streamed,
             },
         };
-        run(&self.geometry, phases, &forward);
+        run(&self.geometry, phases, self.threads_from, &forward);
     }
 }
 

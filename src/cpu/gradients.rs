@@ -16,13 +16,31 @@ use super::workspace::Partials;
 use crate::backend::{BackwardEpilogue, BackwardPass, BackwardStatistics, GradientFlow};
 use crate::element::{Element, Real};
 
-/// Runs a backward pass with the instructions of `simd`.
-pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T>) {
-    let (dy, dx) = match pass.flow {
-        GradientFlow::Stops { dy } => (Source::from(dy), None),
-        GradientFlow::Separate { dy, dx } => (Source::from(dy), Some(Sink::from(dx))),
+/// Which part of a backward pass runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// All of it.
+    Whole,
+    /// A synchronised pass before the ranks meet: the sums, not yet divided by the number of values.
+    Sums,
+    /// A synchronised pass after they have met: the gradients at x and z.
+    Elements,
+    /// Its end: the gradients at weight and bias. Last, so that they are as they were if the ranks do not meet.
+    Parameters,
+}
+
+/// Runs a backward pass, or a part of one, with the instructions of `simd`, on one thread below `threads_from` bytes.
+pub(super) fn backward<T: Element>(
+    simd: Simd,
+    threads_from: usize,
+    pass: &mut BackwardPass<'_, '_, Cpu, T>,
+    part: Part,
+) {
+    let (dy, dx) = match &mut pass.flow {
+        GradientFlow::Stops { dy } => (Source::from(*dy), None),
+        GradientFlow::Separate { dy, dx } => (Source::from(*dy), Some(Sink::from(&mut **dx))),
         GradientFlow::InPlace { dy } => {
-            let dx = Sink::from(dy);
+            let dx = Sink::from(&mut **dy);
             (dx.source(), Some(dx))
         }
     };
@@ -31,19 +49,13 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
             let eps = T::Param::from_f64(pass.eps);
             (Statistics::Running { mean, variance, eps }, false)
         }
-        BackwardStatistics::Batch(saved) => {
-            let statistics = Statistics::Batch {
-                pivot: Source::from(saved.pivot.as_slice()),
-                offset: Source::from(saved.mean_offset.as_slice()),
-                invstd: Source::from(saved.invstd.as_slice()),
-            };
-            (statistics, true)
-        }
+        BackwardStatistics::Batch(saved) => (Statistics::of_batch(saved), true),
     };
     let (partials, gradient) = pass.workspace.split(pass.shape.channels);
     let geometry = Geometry::new(pass.shape);
     let gradients = Gradients {
         simd,
+        threads_from,
         geometry,
         normalisation: Normalisation {
             statistics,
@@ -51,13 +63,18 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
             bias: pass.bias,
         },
         training,
+        part,
         partials,
         gradient,
-        parameters: pass.parameters.map(|parameters| Parameters {
-            weight: Sink::from(parameters.weight),
-            bias: Sink::from(parameters.bias),
-            accumulate: parameters.accumulate,
-        }),
+        parameters: pass
+            .parameters
+            .as_mut()
+            .filter(|_| part != Part::Sums)
+            .map(|parameters| Parameters {
+                weight: Sink::from(&mut *parameters.weight),
+                bias: Sink::from(&mut *parameters.bias),
+                accumulate: parameters.accumulate,
+            }),
         elements: GradientElements {
             x: Source::from(pass.x),
             dy,
@@ -67,20 +84,25 @@ pub(super) fn backward<T: Element>(simd: Simd, pass: BackwardPass<'_, '_, Cpu, T
             streamed: streams::<T>(&geometry),
         },
     };
-    match pass.epilogue {
+    match &mut pass.epilogue {
         BackwardEpilogue::Identity => gradients.run(Everywhere, None),
         BackwardEpilogue::Relu => gradients.run(Recomputed, None),
-        BackwardEpilogue::AddRelu { y, dz } => gradients.run(Stored { y: y.into() }, dz.map(Sink::from)),
+        BackwardEpilogue::AddRelu { y, dz } => {
+            let dz = dz.as_mut().map(|dz| Sink::from(&mut **dz));
+            gradients.run(Stored { y: (*y).into() }, dz);
+        }
     }
 }
 
 /// A backward pass in the backend's terms.
 struct Gradients<'a, T: Element, E> {
     simd: Simd,
+    threads_from: usize,
     geometry: Geometry,
     normalisation: Normalisation<'a, T::Param>,
     /// Whether the gradient flows through the statistics too.
     training: bool,
+    part: Part,
     partials: Partials<'a, T::Param>,
     gradient: Partials<'a, T::Param>,
     parameters: Option<Parameters<'a, T::Param>>,
@@ -94,9 +116,11 @@ impl<'a, T: Element> Gradients<'a, T, ()> {
         } = self.elements;
         let gradients = Gradients {
             simd: self.simd,
+            threads_from: self.threads_from,
             geometry: self.geometry,
             normalisation: self.normalisation,
             training: self.training,
+            part: self.part,
             partials: self.partials,
             gradient: self.gradient,
             parameters: self.parameters,
@@ -110,7 +134,7 @@ impl<'a, T: Element> Gradients<'a, T, ()> {
             },
         };
         if let Some(phases) = gradients.phases() {
-            run(&self.geometry, phases, &gradients);
+            run(&self.geometry, phases, self.threads_from, &gradients);
         }
     }
 }
@@ -118,6 +142,12 @@ impl<'a, T: Element> Gradients<'a, T, ()> {
 impl<T: Element, E: Mask<T>> Gradients<'_, T, E> {
     /// What there is to do for what was asked.
     fn phases(&self) -> Option<Phases> {
+        match self.part {
+            Part::Whole => {}
+            Part::Sums => return Some(Phases::Reduce),
+            Part::Elements => return Some(Phases::Apply),
+            Part::Parameters => return self.parameters.is_some().then_some(Phases::Finish),
+        }
         let dx = self.elements.dx.is_some();
         let elements = dx || self.elements.dz.is_some();
         match (self.parameters.is_some(), elements) {
@@ -148,8 +178,15 @@ impl<T: Element, E: Mask<T>> Pass for Gradients<'_, T, E> {
     }
 
     fn finish(&self, channels: Range<usize>) {
+        // All ranks' number of values is not known before they meet.
+        let values = if self.part == Part::Sums {
+            1
+        } else {
+            self.geometry.values()
+        };
         self.simd.run(FinishSums::<T> {
             geometry: &self.geometry,
+            values,
             channels,
             normalisation: self.normalisation,
             partials: self.partials,

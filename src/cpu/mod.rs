@@ -18,6 +18,7 @@ mod reduce;
 mod schedule;
 mod simd;
 mod statistics;
+mod synchronised;
 #[cfg(test)]
 mod tests;
 mod workspace;
@@ -35,13 +36,31 @@ use geometry::Geometry;
 use simd::Simd;
 
 /// The CPU as a device: buffers are vectors, slices or arrays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Cpu;
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cpu {
+    threads_from: usize,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        // Below this, waking other threads takes longer than they save, for every shape that `timings --crossover` tries.
+        Cpu {
+            threads_from: 512 << 10,
+        }
+    }
+}
 
 impl Cpu {
     /// The CPU, with the threads of the [`rayon`] pool that calls are made from.
     pub fn new() -> Self {
-        Cpu
+        Cpu::default()
+    }
+
+    /// Passes over tensors of fewer bytes in total, x alone forward, x and dy backward, keep to the calling thread. Where that
+    /// pays is the machine's affair: `cargo run --release --example timings -- --crossover` measures it. No result depends on
+    /// it. The default is 512 KiB.
+    pub fn threads_from(self, bytes: usize) -> Self {
+        Cpu { threads_from: bytes }
     }
 }
 
@@ -145,12 +164,12 @@ impl Backend for Cpu {
     }
 
     fn forward<T: Element>(&self, pass: ForwardPass<'_, '_, Self, T>) -> Result<()> {
-        forward::forward(Simd::detect(), pass);
+        forward::forward(Simd::detect(), self.threads_from, pass);
         Ok(())
     }
 
-    fn backward<T: Element>(&self, pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
-        gradients::backward(Simd::detect(), pass);
+    fn backward<T: Element>(&self, mut pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
+        gradients::backward(Simd::detect(), self.threads_from, &mut pass, gradients::Part::Whole);
         Ok(())
     }
 }

@@ -35,12 +35,15 @@ pub(super) enum Phases {
     Both,
     /// Elements that depend on the sums of all values of their channel.
     ReduceThenApply,
+    /// What the pass yields per channel, of sums that are there.
+    Finish,
 }
 
-/// Runs a pass. Which thread does what changes no bit of the result.
-pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
+/// Runs a pass, on one thread if its tensors have fewer bytes than `threads_from`. Which thread does what changes no bit of the
+/// result.
+pub(super) fn run(geometry: &Geometry, phases: Phases, threads_from: usize, pass: &impl Pass) {
     let bytes = pass.bytes_per_channel() * geometry.channels();
-    let threads = if bytes < BYTES_WORTH_A_THREAD {
+    let threads = if bytes < threads_from {
         1
     } else {
         rayon::current_num_threads()
@@ -58,6 +61,7 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
             for_each(threads, part_tasks, &|number| pass.reduce(&part_task(number)));
             finish();
         }
+        Phases::Finish => finish(),
         Phases::Both => {
             for_each(threads, part_tasks, &|number| {
                 let task = part_task(number);
@@ -78,10 +82,6 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, pass: &impl Pass) {
         }
     }
 }
-
-/// Below this, waking other threads takes longer than they save: 4 to 10 µs for each of up to three phases, in which one
-/// core passes over 100 to 250 KB (measured on two cores of an EPYC of 2024).
-const BYTES_WORTH_A_THREAD: usize = 512 << 10;
 
 /// Second-level cache that may be counted on, per core.
 const CACHE: usize = 1 << 20;

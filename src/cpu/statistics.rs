@@ -227,6 +227,55 @@ pub(super) struct FinishStatistics<'a, T: Element> {
     pub(super) running: Option<Running<'a, T::Param>>,
 }
 
+/// Pivot, mean of x - K and variance of this rank's batch from the statistics of its parts: what a rank tells the others.
+pub(super) struct FinishRank<'a, T: Element> {
+    pub(super) geometry: &'a Geometry,
+    pub(super) channels: Range<usize>,
+    pub(super) x: Source<'a, T>,
+    pub(super) partials: Partials<'a, T::Param>,
+    /// Get pivot, mean and variance.
+    pub(super) found: [Sink<'a, T::Param>; 3],
+}
+
+impl<T: Element> Kernel for FinishRank<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Level>(self, level: S) {
+        for (at, count) in blocks(self.channels.len()) {
+            let channel = self.channels.start + at;
+            // SAFETY: the channels exist, and nothing writes x in these passes.
+            let pivots = unsafe { pivots(self.x, self.geometry, channel, count) };
+            let parts = PartMoments {
+                level,
+                geometry: self.geometry,
+                partials: self.partials,
+                channel,
+                count,
+            };
+            let ([mean, variance], _) = pairwise(&parts, self.geometry.parts());
+            for (found, values) in self.found.iter().zip([pivots, mean, variance]) {
+                // SAFETY: no other task has these channels, and all sinks have one element per channel.
+                unsafe { found.store(level, channel, count, &values) };
+            }
+        }
+    }
+}
+
+/// K of `count` channels from `channel` on.
+///
+/// # Safety
+/// The channels exist, and no thread writes x meanwhile.
+#[inline(always)]
+unsafe fn pivots<T: Element>(x: Source<'_, T>, geometry: &Geometry, channel: usize, count: usize) -> Lanes<T::Param> {
+    let mut pivots = [T::Param::ZERO; LANES];
+    for (lane, value) in pivots.iter_mut().take(count).enumerate() {
+        // SAFETY: the caller's promise.
+        *value = unsafe { pivot(x, geometry, channel + lane) };
+    }
+    pivots
+}
+
 /// Where the statistics of the batch are left.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Saved<'a, P> {
@@ -251,11 +300,8 @@ impl<T: Element> Kernel for FinishStatistics<'_, T> {
     fn run<S: Level>(self, level: S) {
         for (at, count) in blocks(self.channels.len()) {
             let channel = self.channels.start + at;
-            let mut pivots = [T::Param::ZERO; LANES];
-            for (lane, value) in pivots.iter_mut().take(count).enumerate() {
-                // SAFETY: the channel exists, and nothing writes x in these passes.
-                *value = unsafe { pivot(self.x, self.geometry, channel + lane) };
-            }
+            // SAFETY: the channels exist, and nothing writes x in these passes.
+            let pivots = unsafe { pivots(self.x, self.geometry, channel, count) };
             let parts = PartMoments {
                 level,
                 geometry: self.geometry,

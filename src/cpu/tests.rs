@@ -354,8 +354,11 @@ fn tensor<T: Element>(shape: Shape, seed: u64) -> Vec<T> {
         .collect()
 }
 
+/// As the backend has it.
+const THREADS_FROM: usize = 512 << 10;
+
 /// All that a training step writes, as bits.
-fn step<T: Element>(simd: Simd, shape: Shape, epilogue: Epilogue) -> Vec<Vec<u64>> {
+fn step<T: Element>(simd: Simd, threads_from: usize, shape: Shape, epilogue: Epilogue) -> Vec<Vec<u64>> {
     let [x, z, dy] = [1, 2, 3].map(|seed| tensor::<T>(shape, seed));
     let params = |value: f64| vec![T::Param::from_f64(value); shape.channels];
     let (weight, bias) = (params(1.5), params(-0.125));
@@ -365,10 +368,11 @@ fn step<T: Element>(simd: Simd, shape: Shape, epilogue: Epilogue) -> Vec<Vec<u64
         mean_offset: params(0.0),
         invstd: params(0.0),
     };
-    let mut workspace = Cpu.prepare::<T>(shape, epilogue).unwrap();
+    let mut workspace = Cpu::new().prepare::<T>(shape, epilogue).unwrap();
     let mut y = vec![T::default(); x.len()];
     forward::forward(
         simd,
+        threads_from,
         ForwardPass {
             shape,
             eps: 1e-5,
@@ -397,7 +401,8 @@ fn step<T: Element>(simd: Simd, shape: Shape, epilogue: Epilogue) -> Vec<Vec<u64
     let [mut dweight, mut dbias] = [params(0.0), params(0.0)];
     gradients::backward(
         simd,
-        BackwardPass {
+        threads_from,
+        &mut BackwardPass {
             shape,
             eps: 1e-5,
             x: &x,
@@ -420,6 +425,7 @@ fn step<T: Element>(simd: Simd, shape: Shape, epilogue: Epilogue) -> Vec<Vec<u64
             statistics: BackwardStatistics::Batch(&saved),
             workspace: &mut workspace,
         },
+        gradients::Part::Whole,
     );
     let tensors = [y, dx, dz].map(|tensor| bits(&tensor));
     let vectors = [
@@ -448,7 +454,7 @@ fn agree_in_every_epilogue<T: Element>() {
         for epilogue in Epilogue::ALL {
             let results: Vec<_> = Simd::all()
                 .into_iter()
-                .map(|simd| step::<T>(simd, shape, epilogue))
+                .map(|simd| step::<T>(simd, THREADS_FROM, shape, epilogue))
                 .collect();
             for result in &results[1..] {
                 assert!(*result == results[0], "{shape} {epilogue} {}", T::DTYPE);
@@ -483,7 +489,7 @@ fn instruction_sets_agree_bit_for_bit_past_the_caches() {
         assert!(super::streams::<T>(&Geometry::new(shape)));
         let results: Vec<_> = Simd::all()
             .into_iter()
-            .map(|simd| step::<T>(simd, shape, Epilogue::Identity))
+            .map(|simd| step::<T>(simd, THREADS_FROM, shape, Epilogue::Identity))
             .collect();
         for result in &results[1..] {
             assert!(*result == results[0], "{shape} {}", T::DTYPE);
@@ -498,7 +504,7 @@ fn instruction_sets_agree_bit_for_bit_past_the_caches() {
 
 #[test]
 fn numbers_of_threads_agree_bit_for_bit() {
-    // Above and below the size where threads are used, and groups too large or too few to be kept cached.
+    // Large and small, and groups too large or too few to be kept cached.
     let shapes = [
         Shape::nchw(9, 3, 199, 201),
         Shape::nchw(16, 40, 28, 28),
@@ -507,7 +513,10 @@ fn numbers_of_threads_agree_bit_for_bit() {
     for shape in shapes.into_iter().flat_map(|shape| [shape, shape.channels_last()]) {
         let results = [1, 2, 3, 8].map(|threads| {
             let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| step::<f32>(Simd::detect(), shape, Epilogue::Relu))
+            // Whatever the size: other threads always, and never.
+            let step = |threads_from| pool.install(|| step::<f32>(Simd::detect(), threads_from, shape, Epilogue::Relu));
+            assert!(step(0) == step(usize::MAX), "{shape} on {threads} threads");
+            step(0)
         });
         for result in &results[1..] {
             assert!(*result == results[0], "{shape}");

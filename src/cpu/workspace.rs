@@ -35,6 +35,11 @@ impl<T: Element> Workspace<T> {
         self.split(channels).0
     }
 
+    /// Two vectors of one number per channel, by themselves.
+    pub(super) fn vectors(&mut self) -> &mut [Vec<T::Param>; 2] {
+        &mut self.gradient
+    }
+
     /// Two numbers per part and channel, and two per channel.
     pub(super) fn split(&mut self, channels: usize) -> (Partials<'_, T::Param>, Partials<'_, T::Param>) {
         let [first, second] = &mut self.partials;

@@ -133,6 +133,8 @@ pub(super) struct BackwardApply {
     pub(super) normalisation: Normalisation,
     pub(super) sum: CUdeviceptr,
     pub(super) sum_centred: CUdeviceptr,
+    pub(super) mean: CUdeviceptr,
+    pub(super) mean_centred: CUdeviceptr,
     pub(super) values: u64,
     pub(super) gradients: ParameterGradients,
     pub(super) tiling: Tiling,
@@ -150,6 +152,59 @@ pub(super) struct ResidentBackward {
     pub(super) tiling: Tiling,
 }
 
+/// `struct Gathered` of `kernels/message.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gathered {
+    pub(super) messages: CUdeviceptr,
+    pub(super) ranks: u64,
+    pub(super) bytes: u64,
+    pub(super) tag: i64,
+    pub(super) channels: u64,
+}
+
+/// `struct Arguments` of `kernels/merge_statistics.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MergeStatistics {
+    pub(super) gathered: Gathered,
+    pub(super) pivot: CUdeviceptr,
+    pub(super) mean_offset: CUdeviceptr,
+    pub(super) invstd: CUdeviceptr,
+    pub(super) variance: CUdeviceptr,
+    pub(super) outcome: CUdeviceptr,
+    pub(super) batches: CUdeviceptr,
+    pub(super) momentum: CUdeviceptr,
+    pub(super) eps: f64,
+}
+
+/// `struct Arguments` of `kernels/merge_sums.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MergeSums {
+    pub(super) gathered: Gathered,
+    pub(super) mean: CUdeviceptr,
+    pub(super) mean_centred: CUdeviceptr,
+    pub(super) outcome: CUdeviceptr,
+}
+
+/// `struct Arguments` of `kernels/update_running.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct UpdateRunning {
+    pub(super) mean: CUdeviceptr,
+    pub(super) variance: CUdeviceptr,
+    pub(super) batches: CUdeviceptr,
+    pub(super) pivot: CUdeviceptr,
+    pub(super) mean_offset: CUdeviceptr,
+    pub(super) batch_variance: CUdeviceptr,
+    pub(super) cumulative: CUdeviceptr,
+    pub(super) momentum: f64,
+    pub(super) skip_non_finite: u64,
+    pub(super) outcome: CUdeviceptr,
+    pub(super) channels: u64,
+}
+
 // SAFETY: plain structures of eight-byte numbers and device addresses, laid out as in C.
 unsafe impl DeviceRepr for Statistics {}
 // SAFETY: as above.
@@ -162,3 +217,9 @@ unsafe impl DeviceRepr for BackwardApply {}
 unsafe impl DeviceRepr for ResidentForward {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for ResidentBackward {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for MergeStatistics {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for MergeSums {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for UpdateRunning {}

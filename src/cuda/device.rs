@@ -110,19 +110,66 @@ impl Device {
         if let Some(prepared) = self.prepared.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(prepared.clone());
         }
-        let plan = Plan::chosen(problem, &self.limits, choice)?;
-        let functions = plan
-            .kernels
-            .iter()
-            .map(|launch| self.function(&launch.instantiation))
-            .collect::<Result<_>>()?;
-        let prepared = Arc::new(Prepared { plan, functions });
+        let mut prepared = self.load_plan(problem, choice)?;
+        if !self.can_run(&prepared)? {
+            prepared = self.load_plan(problem, &Choice::GENERAL)?;
+        }
+        let prepared = Arc::new(prepared);
         let mut all = self.prepared.write().unwrap_or_else(PoisonError::into_inner);
         if all.len() >= PLANS_KEPT {
             all.clear();
         }
         all.insert(key, prepared.clone());
         Ok(prepared)
+    }
+
+    fn load_plan(&self, problem: &Problem, choice: &Choice) -> Result<Prepared> {
+        let plan = Plan::chosen(problem, &self.limits, choice)?;
+        let functions = plan
+            .kernels
+            .iter()
+            .map(|launch| self.function(&launch.instantiation))
+            .collect::<Result<_>>()?;
+        Ok(Prepared { plan, functions })
+    }
+
+    /// Whether blocks that wait for each other can run at the same time. Plans go by the device's limits, but only the driver
+    /// knows how its multiprocessors are grouped, and what of it is left to this program.
+    fn can_run(&self, prepared: &Prepared) -> Result<bool> {
+        for (launch, function) in prepared.plan.kernels.iter().zip(&prepared.functions) {
+            let Some(resident) = &launch.instantiation.resident else {
+                continue;
+            };
+            let asked = "asking how many blocks run at a time";
+            let fits = if resident.team.cluster() > 1 {
+                self.context
+                    .bind_to_thread()
+                    .and_then(|()| {
+                        function.occupancy_max_active_clusters(launch.config(), &self.context.default_stream())
+                    })
+                    .map(|clusters| clusters >= 1)
+            } else {
+                let shared = launch.shared_bytes as usize;
+                self.context
+                    .bind_to_thread()
+                    .and_then(|()| {
+                        function.occupancy_max_active_blocks_per_multiprocessor(launch.block(), shared, None)
+                    })
+                    .map(|blocks| {
+                        let running = u64::from(blocks) * u64::from(self.limits.multiprocessors);
+                        running
+                            >= if launch.is_cooperative() {
+                                u64::from(launch.grid)
+                            } else {
+                                1
+                            }
+                    })
+            };
+            if !fits.map_err(|error| driver_error(asked, error))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// A loaded kernel. Different kernels may be compiled at the same time, each only once.

@@ -33,17 +33,26 @@ pub enum Kernel {
     ResidentForward,
     /// A whole backward pass by batch statistics, likewise.
     ResidentBackward,
+    /// Statistics of all ranks from those of each.
+    MergeStatistics,
+    /// Sums over the gradient of all ranks from those of each.
+    MergeSums,
+    /// Running statistics by those of all ranks.
+    UpdateRunning,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Kernel; 6] = [
+    pub const ALL: [Kernel; 9] = [
         Kernel::Statistics,
         Kernel::Apply,
         Kernel::BackwardReduce,
         Kernel::BackwardApply,
         Kernel::ResidentForward,
         Kernel::ResidentBackward,
+        Kernel::MergeStatistics,
+        Kernel::MergeSums,
+        Kernel::UpdateRunning,
     ];
 
     /// The name of the file under `kernels/`, and of the function in it.
@@ -55,6 +64,9 @@ impl Kernel {
             Kernel::BackwardApply => "backward_apply",
             Kernel::ResidentForward => "resident_forward",
             Kernel::ResidentBackward => "resident_backward",
+            Kernel::MergeStatistics => "merge_statistics",
+            Kernel::MergeSums => "merge_sums",
+            Kernel::UpdateRunning => "update_running",
         }
     }
 
@@ -67,7 +79,16 @@ impl Kernel {
             Kernel::BackwardReduce | Kernel::ResidentBackward => 2 + residual,
             // Without statistics x is needed only to compute a relu's mask again.
             Kernel::BackwardApply => 1 + residual + u64::from(batch_statistics || epilogue == Epilogue::Relu),
+            Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning => 0,
         }
+    }
+
+    /// Whether it walks no tensor, and has one thread per channel: the kernels that join what ranks tell each other.
+    pub const fn per_channel(self) -> bool {
+        matches!(
+            self,
+            Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning
+        )
     }
 
     /// What it can be told at compile time beside its walk: epilogue, `stores_gradient`, `batch_statistics`.
@@ -79,7 +100,9 @@ impl Kernel {
                 .collect()
         };
         match self {
-            Kernel::Statistics => vec![(Epilogue::Identity, false, false)],
+            Kernel::Statistics | Kernel::MergeStatistics | Kernel::MergeSums | Kernel::UpdateRunning => {
+                vec![(Epilogue::Identity, false, false)]
+            }
             Kernel::Apply | Kernel::ResidentForward | Kernel::ResidentBackward => each(&[(false, false)]),
             Kernel::BackwardReduce => each(&[(false, false), (true, false)]),
             Kernel::BackwardApply => each(&[(false, false), (false, true)]),
@@ -118,6 +141,9 @@ impl Kernel {
             Kernel::BackwardApply => &sources::BACKWARD_APPLY,
             Kernel::ResidentForward => &sources::RESIDENT_FORWARD,
             Kernel::ResidentBackward => &sources::RESIDENT_BACKWARD,
+            Kernel::MergeStatistics => &sources::MERGE_STATISTICS,
+            Kernel::MergeSums => &sources::MERGE_SUMS,
+            Kernel::UpdateRunning => &sources::UPDATE_RUNNING,
         }
     }
 }
@@ -154,6 +180,10 @@ impl Instantiation {
     pub fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for kernel in Kernel::ALL {
+            if kernel.per_channel() {
+                all.extend([Dtype::F32, Dtype::F64].map(|dtype| Self::per_channel(kernel, dtype)));
+                continue;
+            }
             for (epilogue, stores_gradient, batch_statistics) in kernel.variants() {
                 for dtype in Dtype::ALL {
                     for (walk, vector) in walks(dtype) {
@@ -181,6 +211,23 @@ impl Instantiation {
         all
     }
 
+    /// A kernel that walks no tensor, for parameters of this type.
+    pub(super) const fn per_channel(kernel: Kernel, param: Dtype) -> Self {
+        Instantiation {
+            kernel,
+            dtype: param,
+            walk: Walk::Planes,
+            vector: 1,
+            unroll: 1,
+            threads: tuning::BLOCK_SIZES[0] as u32,
+            wide_index: false,
+            epilogue: Epilogue::Identity,
+            stores_gradient: false,
+            batch_statistics: false,
+            resident: None,
+        }
+    }
+
     /// Whether devices of this compute capability, times ten, have what it is made of: clusters and bulk copies need 9.0.
     pub fn runs_on(&self, architecture: u32) -> bool {
         self.resident.is_none_or(|resident| resident.runs_on(architecture))
@@ -199,8 +246,9 @@ impl Instantiation {
             Dtype::F32 => "float",
             Dtype::F64 => "double",
         };
-        let real = match self.dtype.param() {
-            Dtype::F64 => "double",
+        let real = match (self.kernel, self.dtype.param()) {
+            // What ranks tell each other is joined in double precision: see kernels/message.cuh.
+            (Kernel::MergeStatistics | Kernel::MergeSums, _) | (_, Dtype::F64) => "double",
             _ => "float",
         };
         let epilogue = match self.epilogue {
@@ -240,6 +288,9 @@ fn walks(dtype: Dtype) -> impl Iterator<Item = (Walk, u32)> {
 impl std::fmt::Display for Instantiation {
     /// The kernel's name and what tells this instantiation from others, in a few words.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.kernel.per_channel() {
+            return write!(f, "{} <{}>", self.kernel.name(), self.dtype);
+        }
         write!(
             f,
             "{} <{}, {} x {}, {}",

@@ -13,7 +13,7 @@ use super::arguments::{self, Normalisation, Partials};
 use super::device::Prepared;
 use super::driver_error::driver_error;
 use super::kernel::Kernel;
-use super::plan::{Alignment, KernelLaunch, Operation, Problem, Tracking};
+use super::plan::{Alignment, KernelLaunch, Operation, Problem, Stage, Tracking};
 use super::workspace::Workspace;
 use crate::backend::{
     BackwardEpilogue, BackwardPass, BackwardStatistics, BatchStatistics, ForwardEpilogue, ForwardPass,
@@ -26,39 +26,39 @@ use crate::error::{Error, Result};
 
 /// An operand of a pass: its address, and the guard that tells `cudarc` when the launches that use it are on the stream.
 /// None is an operand that is not there.
-struct Operand<'a> {
-    address: CUdeviceptr,
+pub(super) struct Operand<'a> {
+    pub(super) address: CUdeviceptr,
     _until_launched: Option<SyncOnDrop<'a>>,
 }
 
 impl<'a> Operand<'a> {
-    const ABSENT: Operand<'static> = Operand {
+    pub(super) const ABSENT: Operand<'static> = Operand {
         address: 0,
         _until_launched: None,
     };
 
-    fn read<T: Plain>(view: &'a CudaView<'_, T>, stream: &'a CudaStream) -> Self {
+    pub(super) fn read<T: Plain>(view: &'a CudaView<'_, T>, stream: &'a CudaStream) -> Self {
         Self::of(view.device_ptr(stream))
     }
 
-    fn read_if<T: Plain>(view: Option<&'a CudaView<'_, T>>, stream: &'a CudaStream) -> Self {
+    pub(super) fn read_if<T: Plain>(view: Option<&'a CudaView<'_, T>>, stream: &'a CudaStream) -> Self {
         view.map_or(Operand::ABSENT, |view| Operand::read(view, stream))
     }
 
-    fn written<T: Plain>(view: &'a mut CudaViewMut<'_, T>, stream: &'a CudaStream) -> Self {
+    pub(super) fn written<T: Plain>(view: &'a mut CudaViewMut<'_, T>, stream: &'a CudaStream) -> Self {
         Self::of(view.device_ptr_mut(stream))
     }
 
-    fn buffer<T: Plain>(buffer: &'a CudaSlice<T>, stream: &'a CudaStream) -> Self {
+    pub(super) fn buffer<T: Plain>(buffer: &'a CudaSlice<T>, stream: &'a CudaStream) -> Self {
         Self::of(buffer.device_ptr(stream))
     }
 
-    fn buffer_mut<T: DeviceRepr>(buffer: &'a mut CudaSlice<T>, stream: &'a CudaStream) -> Self {
+    pub(super) fn buffer_mut<T: DeviceRepr>(buffer: &'a mut CudaSlice<T>, stream: &'a CudaStream) -> Self {
         Self::of(buffer.device_ptr_mut(stream))
     }
 
     /// Its address, if it is there: no buffer lies at 0.
-    fn present(&self) -> Option<CUdeviceptr> {
+    pub(super) fn present(&self) -> Option<CUdeviceptr> {
         (self.address != 0).then_some(self.address)
     }
 
@@ -71,20 +71,20 @@ impl<'a> Operand<'a> {
 }
 
 /// A workspace's buffers as operands.
-struct WorkspaceOperands<'a> {
+pub(super) struct WorkspaceOperands<'a> {
     partial_weight: Operand<'a>,
     partial_first: Operand<'a>,
     partial_second: Operand<'a>,
     arrived: Operand<'a>,
     ready: Operand<'a>,
     finished: Operand<'a>,
-    first: Operand<'a>,
-    second: Operand<'a>,
-    momentum: Operand<'a>,
+    pub(super) first: Operand<'a>,
+    pub(super) second: Operand<'a>,
+    pub(super) momentum: Operand<'a>,
 }
 
 impl<'a> WorkspaceOperands<'a> {
-    fn new<T: Element>(workspace: &'a mut Workspace<T>, stream: &'a CudaStream) -> Self {
+    pub(super) fn new<T: Element>(workspace: &'a mut Workspace<T>, stream: &'a CudaStream) -> Self {
         Self {
             partial_weight: Operand::buffer_mut(&mut workspace.partial_weight, stream),
             partial_first: Operand::buffer_mut(&mut workspace.partial_first, stream),
@@ -98,13 +98,36 @@ impl<'a> WorkspaceOperands<'a> {
         }
     }
 
-    fn partials(&self) -> Partials {
+    pub(super) fn partials(&self) -> Partials {
         Partials {
             weight: self.partial_weight.address,
             first: self.partial_first.address,
             second: self.partial_second.address,
             arrived: self.arrived.address,
             ready: self.ready.address,
+        }
+    }
+}
+
+/// Which part of a backward pass is launched. The parts of a synchronised one keep their sums at the addresses given: in this
+/// rank's message.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum BackwardPart {
+    /// All of it.
+    Whole,
+    /// The sums: a synchronised pass before the ranks meet.
+    Sums { sum: CUdeviceptr, sum_centred: CUdeviceptr },
+    /// The gradients at x and at the residual, by the means that the workspace has, and those at weight and bias, by this
+    /// rank's own sums: a synchronised pass after they have met.
+    Elements { sum: CUdeviceptr, sum_centred: CUdeviceptr },
+}
+
+impl BackwardPart {
+    fn stage(self) -> Stage {
+        match self {
+            BackwardPart::Whole => Stage::Whole,
+            BackwardPart::Sums { .. } => Stage::Rank,
+            BackwardPart::Elements { .. } => Stage::Apply,
         }
     }
 }
@@ -193,6 +216,21 @@ impl Cuda {
             ForwardStatistics::Running { mean, variance } => {
                 let (mean, variance) = (Operand::read(&mean, stream), Operand::read(&variance, stream));
                 let normalisation = operands.normalisation(mean.address, 0, variance.address);
+                let prepared = self.device.prepare(&problem, &self.choice)?;
+                self.run(&prepared, |stream, function, launch| {
+                    launch_kernel(stream, function, launch, &operands.apply(normalisation, launch))
+                })
+            }
+            ForwardStatistics::Saved(saved) => {
+                let pivot = Operand::buffer(&saved.pivot, stream);
+                let mean_offset = Operand::buffer(&saved.mean_offset, stream);
+                let invstd = Operand::buffer(&saved.invstd, stream);
+                let normalisation = operands.normalisation(pivot.address, mean_offset.address, invstd.address);
+                let problem = Problem {
+                    operation: Operation::Train,
+                    stage: Stage::Apply,
+                    ..problem
+                };
                 let prepared = self.device.prepare(&problem, &self.choice)?;
                 self.run(&prepared, |stream, function, launch| {
                     launch_kernel(stream, function, launch, &operands.apply(normalisation, launch))
@@ -298,31 +336,36 @@ impl Cuda {
         })
     }
 
-    /// Launches a backward pass.
-    pub(super) fn launch_backward<T: Element>(&self, pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
+    /// Launches a backward pass, or a part of one.
+    pub(super) fn launch_backward<T: Element>(
+        &self,
+        pass: &mut BackwardPass<'_, '_, Self, T>,
+        part: BackwardPart,
+    ) -> Result<()> {
         let BackwardPass {
             shape,
             eps,
             x,
-            mut flow,
-            mut epilogue,
+            flow,
+            epilogue,
             weight,
             bias,
-            mut parameters,
+            parameters,
             statistics,
             workspace,
         } = pass;
+        let (shape, eps) = (*shape, *eps);
         self.check_capture()?;
         let stream = &*self.stream;
-        let x = Operand::read(&x, stream);
-        let (dy, dx) = match &mut flow {
+        let x = Operand::read(x, stream);
+        let (dy, dx) = match flow {
             GradientFlow::Stops { dy } => (Operand::read(dy, stream), Operand::ABSENT),
             GradientFlow::Separate { dy, dx } => (Operand::read(dy, stream), Operand::written(dx, stream)),
             GradientFlow::InPlace { dy } => (Operand::ABSENT, Operand::written(dy, stream)),
         };
         // In place, one operand is both.
         let dy_address = dy.present().unwrap_or(dx.address);
-        let (epilogue, y, dz) = match &mut epilogue {
+        let (epilogue, y, dz) = match epilogue {
             BackwardEpilogue::Identity => (Epilogue::Identity, Operand::ABSENT, Operand::ABSENT),
             BackwardEpilogue::Relu => (Epilogue::Relu, Operand::ABSENT, Operand::ABSENT),
             BackwardEpilogue::AddRelu { y, dz } => {
@@ -333,13 +376,13 @@ impl Cuda {
         let weight = Operand::read_if(weight.as_ref(), stream);
         let bias = Operand::read_if(bias.as_ref(), stream);
         let accumulate = parameters.as_ref().is_some_and(|parameters| parameters.accumulate);
-        let (weight_gradient, bias_gradient) = match &mut parameters {
+        let (weight_gradient, bias_gradient) = match parameters {
             Some(ParameterGradients { weight, bias, .. }) => {
                 (Operand::written(weight, stream), Operand::written(bias, stream))
             }
             None => (Operand::ABSENT, Operand::ABSENT),
         };
-        let (operation, pivot, mean_offset, invstd) = match &statistics {
+        let (operation, pivot, mean_offset, invstd) = match statistics {
             BackwardStatistics::Running { mean, variance } => (
                 Operation::BackwardEval,
                 Operand::read(mean, stream),
@@ -379,13 +422,22 @@ impl Cuda {
             dx: dx.address,
             dz: dz.address,
         };
+        let stage = part.stage();
+        let (sum, sum_centred) = match part {
+            BackwardPart::Whole => (workspace.first.address, workspace.second.address),
+            BackwardPart::Sums { sum, sum_centred } | BackwardPart::Elements { sum, sum_centred } => (sum, sum_centred),
+        };
+        let (mean, mean_centred) = match part {
+            BackwardPart::Elements { .. } => (workspace.first.address, workspace.second.address),
+            BackwardPart::Whole | BackwardPart::Sums { .. } => (0, 0),
+        };
         let values = shape.values_per_channel()? as u64;
         let parameter_gradients = arguments::ParameterGradients {
             weight: weight_gradient.address,
             bias: bias_gradient.address,
             accumulate: u64::from(accumulate),
         };
-        let prepared = self.device.prepare(&problem, &self.choice)?;
+        let prepared = self.device.prepare(&Problem { stage, ..problem }, &self.choice)?;
         self.run(&prepared, |stream, function, launch| {
             let gradients = if launch.writes_parameter_gradients {
                 parameter_gradients
@@ -398,8 +450,8 @@ impl Cuda {
                         tensors,
                         normalisation,
                         partials: workspace.partials(),
-                        sum: workspace.first.address,
-                        sum_centred: workspace.second.address,
+                        sum,
+                        sum_centred,
                         gradients,
                         tiling: launch.tiling,
                     };
@@ -420,8 +472,10 @@ impl Cuda {
                     let arguments = arguments::BackwardApply {
                         tensors,
                         normalisation,
-                        sum: workspace.first.address,
-                        sum_centred: workspace.second.address,
+                        sum,
+                        sum_centred,
+                        mean,
+                        mean_centred,
                         values,
                         gradients,
                         tiling: launch.tiling,
@@ -433,7 +487,7 @@ impl Cuda {
     }
 
     /// Launches the kernels of a plan in their order.
-    fn run(
+    pub(super) fn run(
         &self,
         prepared: &Prepared,
         mut launch: impl FnMut(&Arc<CudaStream>, &CudaFunction, &KernelLaunch) -> Result<()>,
@@ -447,7 +501,7 @@ impl Cuda {
     }
 
     /// A graph cannot hold the events by which `cudarc` orders the streams of a context.
-    fn check_capture(&self) -> Result<()> {
+    pub(super) fn check_capture(&self) -> Result<()> {
         if !self.stream.context().is_managing_stream_synchronization() {
             return Ok(());
         }
@@ -462,21 +516,28 @@ impl Cuda {
     }
 }
 
-fn alignment<const N: usize>(addresses: [Option<CUdeviceptr>; N]) -> Alignment {
+impl KernelLaunch {
+    /// The same in `cudarc`'s terms.
+    pub(super) fn config(&self) -> LaunchConfig {
+        LaunchConfig {
+            grid_dim: (self.grid, 1, 1),
+            block_dim: (self.block(), 1, 1),
+            shared_mem_bytes: self.shared_bytes,
+        }
+    }
+}
+
+pub(super) fn alignment<const N: usize>(addresses: [Option<CUdeviceptr>; N]) -> Alignment {
     Alignment::of(addresses.into_iter().flatten())
 }
 
-fn launch_kernel<A: DeviceRepr>(
+pub(super) fn launch_kernel<A: DeviceRepr>(
     stream: &Arc<CudaStream>,
     function: &CudaFunction,
     launch: &KernelLaunch,
     arguments: &A,
 ) -> Result<()> {
-    let config = LaunchConfig {
-        grid_dim: (launch.grid, 1, 1),
-        block_dim: (launch.block(), 1, 1),
-        shared_mem_bytes: launch.shared_bytes,
-    };
+    let config = launch.config();
     // SAFETY: the function is the kernel of the plan, which takes one structure of this type by value. The addresses in it
     // are of buffers of this context that hold as many elements as the plan's shape has (the module has checked them, the
     // workspace was made for the shape), whose guards live until all launches of the pass are on the stream, and of which

@@ -7,7 +7,8 @@
 //! | `tiling`, `resident`, [`plan`] | pure decisions: how a tensor is cut up, which kernels run, how many bytes they move |
 //! | `model`, `tuning` | how long a plan is believed to take; every number that was chosen and not derived |
 //! | `nvrtc`, `compile`, `disk_cache`, `device` | from source to a loaded kernel, once |
-//! | `workspace`, `arguments`, `launch` | carries a plan out on a stream |
+//! | `workspace`, `arguments`, `launch`, `synchronised` | carries a plan out on a stream |
+//! | `nccl` | with the feature of that name: ranks on several GPUs |
 
 mod arguments;
 mod compile;
@@ -18,10 +19,13 @@ mod kernel;
 mod launch;
 mod limits;
 mod model;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod nvrtc;
 pub mod plan;
 mod probe;
 mod resident;
+mod synchronised;
 mod tiling;
 mod tuning;
 mod workspace;
@@ -38,6 +42,8 @@ pub use self::device::CompileReport;
 pub use self::disk_cache::{CACHE_VARIABLE, DiskCache};
 pub use self::kernel::{Instantiation, Kernel};
 pub use self::limits::DeviceLimits;
+#[cfg(feature = "nccl")]
+pub use self::nccl::is_nccl_available;
 pub use self::probe::is_available;
 pub use self::tiling::Walk;
 pub use self::workspace::Workspace;
@@ -45,6 +51,7 @@ pub use crate::error::{OLDEST_ARCHITECTURE, Unavailable};
 
 use self::device::Device;
 use self::driver_error::{allocation_error, driver_error, event_error};
+use self::launch::BackwardPart;
 use self::plan::{Alignment, Choice, Operation, Problem};
 use crate::backend::{AsTensor, AsTensorMut, Backend, BackwardPass, ForwardPass};
 use crate::element::{Element, Plain};
@@ -322,8 +329,8 @@ impl Backend for Cuda {
         self.launch_forward(pass)
     }
 
-    fn backward<T: Element>(&self, pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
-        self.launch_backward(pass)
+    fn backward<T: Element>(&self, mut pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
+        self.launch_backward(&mut pass, BackwardPart::Whole)
     }
 }
 

@@ -95,11 +95,39 @@ pub enum Tracking {
     CumulativeAverage,
 }
 
+/// Which part of a pass runs. A synchronised batch norm runs its passes in parts, between which the ranks tell each other
+/// what they have found; whatever runs on one device alone is whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// All of it.
+    Whole,
+    /// What a rank finds in its own batch: statistics, or sums over the gradient.
+    Rank,
+    /// All ranks' results from those of each.
+    Merge {
+        /// How many ranks.
+        ranks: usize,
+    },
+    /// What follows from all ranks' results for the elements of this rank's batch.
+    Apply,
+    /// The running statistics moved by those of all ranks.
+    Update,
+}
+
+impl Stage {
+    /// Whether it passes over channels, and over no tensor.
+    const fn per_channel(self) -> bool {
+        matches!(self, Stage::Merge { .. } | Stage::Update)
+    }
+}
+
 /// Everything that a plan depends on, but the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {
     /// What is to be computed.
     pub operation: Operation,
+    /// Which part of it, in training over several ranks.
+    pub stage: Stage,
     /// The shape of every tensor.
     pub shape: Shape,
     /// The element type of every tensor.
@@ -127,6 +155,7 @@ impl Problem {
     pub const fn new(operation: Operation, shape: Shape, dtype: Dtype) -> Self {
         Self {
             operation,
+            stage: Stage::Whole,
             shape,
             dtype,
             epilogue: Epilogue::Identity,
@@ -155,8 +184,12 @@ impl Problem {
     pub const fn canonical(self) -> Self {
         let backward = matches!(self.operation, Operation::Backward | Operation::BackwardEval);
         Self {
-            tracking: match self.operation {
-                Operation::Train => self.tracking,
+            stage: match self.operation {
+                Operation::Train | Operation::Backward => self.stage,
+                Operation::Eval | Operation::BackwardEval => Stage::Whole,
+            },
+            tracking: match (self.operation, self.stage) {
+                (Operation::Train, Stage::Whole | Stage::Merge { .. } | Stage::Update) => self.tracking,
                 _ => Tracking::None,
             },
             input_gradient: self.input_gradient && backward,
@@ -170,9 +203,12 @@ impl Problem {
     /// The fewest tensors that must cross memory, each one read or written once.
     fn minimum_tensors(&self) -> u64 {
         let residual = u64::from(self.epilogue == Epilogue::AddRelu);
-        match self.operation {
-            Operation::Train | Operation::Eval => 2 + residual,
-            Operation::Backward | Operation::BackwardEval => {
+        match (self.operation, self.stage) {
+            (_, Stage::Merge { .. } | Stage::Update) => 0,
+            (Operation::Train, Stage::Rank) => 1,
+            (Operation::Backward, Stage::Rank) => 2 + residual,
+            (Operation::Train | Operation::Eval, _) => 2 + residual,
+            (Operation::Backward | Operation::BackwardEval, _) => {
                 let outputs = u64::from(self.input_gradient) + u64::from(self.residual_gradient);
                 // In evaluation, dx alone needs no x, unless to compute the relu's mask again.
                 let x = self.needs_sums() || (self.input_gradient && self.epilogue == Epilogue::Relu);
@@ -197,7 +233,8 @@ impl Problem {
         }
         let values = shape.values_per_channel()?;
         match self.operation {
-            Operation::Train if values == 1 => Err(Error::OneValuePerChannel { shape }),
+            // Other ranks may have more values.
+            Operation::Train if values == 1 && self.stage == Stage::Whole => Err(Error::OneValuePerChannel { shape }),
             _ => Ok(()),
         }
     }
@@ -385,7 +422,7 @@ impl Plan {
     pub fn chosen(problem: &Problem, limits: &DeviceLimits, choice: &Choice) -> Result<Self> {
         problem.validate()?;
         let problem = problem.canonical();
-        if problem.shape.is_empty() {
+        if problem.shape.is_empty() && !problem.stage.per_channel() {
             return Ok(Self::of(problem, limits, Vec::new()));
         }
         let planner = Planner {
@@ -469,7 +506,7 @@ impl Plan {
 
     /// Tensors' bytes over the fewest possible: 1 is the best there is. Per-channel vectors are not counted.
     pub fn traffic_ratio(&self) -> f64 {
-        if self.kernels.is_empty() {
+        if self.minimum_bytes() == 0 {
             return 1.0;
         }
         self.traffic().tensors as f64 / self.minimum_bytes() as f64
@@ -529,6 +566,7 @@ impl Planner<'_> {
     /// reads every tensor once already.
     fn resident_kernel(&self) -> Option<Kernel> {
         match self.problem.operation {
+            _ if self.problem.stage != Stage::Whole => None,
             Operation::Train => Some(Kernel::ResidentForward),
             Operation::Backward if self.problem.needs_sums() => Some(Kernel::ResidentBackward),
             _ => None,
@@ -631,6 +669,19 @@ impl Planner<'_> {
 
     fn general(&self) -> Vec<KernelLaunch> {
         let problem = self.problem;
+        match problem.stage {
+            Stage::Whole => self.whole(),
+            Stage::Rank if problem.operation == Operation::Train => vec![self.statistics()],
+            Stage::Rank => vec![self.backward_reduce(true)],
+            Stage::Merge { ranks } => vec![self.merge(ranks as u64)],
+            Stage::Apply if problem.operation == Operation::Train => vec![self.apply(true)],
+            Stage::Apply => vec![self.backward_apply(problem.input_gradient)],
+            Stage::Update => vec![self.update_running()],
+        }
+    }
+
+    fn whole(&self) -> Vec<KernelLaunch> {
+        let problem = self.problem;
         match problem.operation {
             Operation::Train => vec![self.statistics(), self.apply(true)],
             Operation::Eval => vec![self.apply(false)],
@@ -711,7 +762,9 @@ impl Planner<'_> {
             counts.read_normalisation(tiling, problem.operation == Operation::Backward, problem.affine);
             if batch_statistics {
                 counts.read += tiling.channels * tiling.splits * 2 * counts.real;
-            } else if writes_parameters {
+            }
+            // In a synchronised pass what the statistics need is of all ranks, what the parameters need of this one.
+            if writes_parameters && (!batch_statistics || problem.stage == Stage::Apply) {
                 counts.read += tiling.channels * 2 * counts.real;
             }
             if writes_parameters {
@@ -720,6 +773,55 @@ impl Planner<'_> {
         });
         launch.writes_parameter_gradients = writes_parameters;
         launch
+    }
+
+    /// Every rank's message read: a tag, a count, and three numbers per channel forward, two backward.
+    fn merge(&self, ranks: u64) -> KernelLaunch {
+        let channels = self.problem.shape.channels as u64;
+        let (kernel, read, written, outcome) = match self.problem.operation {
+            Operation::Train => (Kernel::MergeStatistics, 3, 4, 2 * WORD_BYTES),
+            _ => (Kernel::MergeSums, 2, 2, 0),
+        };
+        self.per_channel(kernel, |counts, _| {
+            counts.read += ranks * channels * (2 * WORD_BYTES + read * counts.real);
+            counts.written += channels * written * counts.real + outcome;
+            if self.problem.tracking == Tracking::CumulativeAverage {
+                counts.read += COUNTER_BYTES;
+                counts.written += counts.real;
+            }
+        })
+    }
+
+    fn update_running(&self) -> KernelLaunch {
+        let channels = self.problem.shape.channels as u64;
+        let factor = u64::from(self.problem.tracking == Tracking::CumulativeAverage);
+        self.per_channel(Kernel::UpdateRunning, |counts, threads| {
+            // Pivot, mean_offset, variance; both running statistics in and out; the count of batches.
+            counts.read += channels * 5 * counts.real + COUNTER_BYTES;
+            counts.written += channels * 2 * counts.real + COUNTER_BYTES;
+            // Every thread reads the outcome, and the factor if the momentum is a cumulative average.
+            counts.read += threads * (2 * WORD_BYTES + factor * counts.real);
+        })
+    }
+
+    fn per_channel(&self, kernel: Kernel, count: impl FnOnce(&mut Counts, u64)) -> KernelLaunch {
+        let instantiation = Instantiation::per_channel(kernel, self.problem.dtype.param());
+        let channels = self.problem.shape.channels as u64;
+        let threads = u64::from(instantiation.threads);
+        let grid = channels.div_ceil(threads).min(u64::from(self.limits.grid));
+        let mut counts = Counts::new(self.problem);
+        count(&mut counts, grid * threads);
+        KernelLaunch {
+            instantiation,
+            grid: grid as u32,
+            shared_bytes: 0,
+            writes_parameter_gradients: false,
+            tiling: Tiling {
+                channels,
+                ..Tiling::default()
+            },
+            traffic: counts.traffic(),
+        }
     }
 
     fn gradient_outputs(&self) -> u64 {
@@ -781,6 +883,9 @@ impl Planner<'_> {
 
 /// Bytes of `num_batches_tracked`.
 const COUNTER_BYTES: u64 = 8;
+
+/// Bytes of a word in what ranks tell each other.
+const WORD_BYTES: u64 = 8;
 
 /// Bytes of one counter of arrived blocks.
 const ARRIVED_BYTES: u64 = 4;

@@ -87,6 +87,58 @@ pub struct Costs {
     pub cache_speedup: f64,
 }
 
+impl Costs {
+    /// How many there are.
+    pub const COUNT: usize = 16;
+
+    /// All of them, to be changed one by one.
+    pub fn values_mut(&mut self) -> [&mut f64; Self::COUNT] {
+        let Self {
+            launch,
+            cooperative,
+            efficiency,
+            multiprocessor_rate,
+            latency,
+            block_exchange,
+            cluster_exchange,
+            cluster_exchange_per_block,
+            grid_exchange,
+            grid_exchange_per_block,
+            bulk_copy,
+            elements_rate,
+            vectors_rate,
+            threads_that_fill,
+            cached_part,
+            cache_speedup,
+        } = self;
+        [
+            launch,
+            cooperative,
+            efficiency,
+            multiprocessor_rate,
+            latency,
+            block_exchange,
+            cluster_exchange,
+            cluster_exchange_per_block,
+            grid_exchange,
+            grid_exchange_per_block,
+            bulk_copy,
+            elements_rate,
+            vectors_rate,
+            threads_that_fill,
+            cached_part,
+            cache_speedup,
+        ]
+    }
+}
+
+impl Default for Costs {
+    /// Those that plans go by.
+    fn default() -> Self {
+        COSTS
+    }
+}
+
 /// The costs that plans go by.
 pub(super) const COSTS: Costs = Costs {
     launch: 2500.0,

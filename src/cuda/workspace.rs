@@ -3,7 +3,7 @@
 use cudarc::driver::CudaSlice;
 
 use super::Cuda;
-use super::plan::{Alignment, Operation, Plan, Problem};
+use super::plan::{Alignment, Choice, Operation, Plan, Problem, Stage};
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Result;
@@ -38,18 +38,25 @@ impl<T: Element> Workspace<T> {
     pub(super) fn new(cuda: &Cuda, shape: Shape, epilogue: Epilogue) -> Result<Self> {
         let (mut partials, mut counters) = (1, 1);
         for operation in [Operation::Train, Operation::Backward, Operation::BackwardEval] {
-            // A batch that cannot be normalised has no plan, and the pass will say so.
-            if operation == Operation::Train && shape.values_per_channel()? == 1 {
-                continue;
-            }
-            for alignment in Alignment::all(T::DTYPE) {
+            // The part of a synchronised pass may be cut up in another way than the whole of one.
+            for (alignment, stage) in Alignment::all(T::DTYPE)
+                .flat_map(|alignment| [Stage::Whole, Stage::Rank].map(|stage| (alignment, stage)))
+            {
+                // A batch that cannot be normalised has no plan, and the pass will say so.
+                if (operation, stage) == (Operation::Train, Stage::Whole) && shape.values_per_channel()? == 1 {
+                    continue;
+                }
                 let problem = Problem {
                     alignment,
+                    stage,
                     ..Problem::new(operation, shape, T::DTYPE).epilogue(epilogue)
                 };
-                let plan = Plan::chosen(&problem, &cuda.device.limits, &cuda.choice)?;
-                partials = plan.partials().max(partials);
-                counters = plan.counters().max(counters);
+                // What the driver finds too large takes the general path.
+                for choice in [cuda.choice, Choice::GENERAL] {
+                    let plan = Plan::chosen(&problem, &cuda.device.limits, &choice)?;
+                    partials = plan.partials().max(partials);
+                    counters = plan.counters().max(counters);
+                }
             }
         }
         Ok(Self {

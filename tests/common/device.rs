@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use batchnorm_cuda::cuda::{CACHE_VARIABLE, DiskCache};
-use batchnorm_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaView, CudaViewMut, DevicePtr};
+use batchnorm_cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 use batchnorm_cuda::{AsTensor, Backend, Backward, Cpu, Cuda, Element, Forward, Plain, Result};
 
 /// A backend whose buffers can be cut, and whose pieces can be given to a pass.
@@ -202,7 +202,11 @@ pub fn cuda_device(ordinal: usize) -> Cuda {
 
 /// A backend on a new stream of a context.
 pub fn on_own_stream(context: &Arc<CudaContext>) -> Cuda {
-    let stream = context.new_stream().expect("a stream");
+    on_stream(context.new_stream().expect("a stream"))
+}
+
+/// A backend on a stream.
+pub fn on_stream(stream: Arc<CudaStream>) -> Cuda {
     Cuda::with_cache(stream, kernel_cache()).expect("a device and NVRTC")
 }
 

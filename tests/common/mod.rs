@@ -20,7 +20,7 @@ pub use case::{
     Case, Form, Gradient, Outcome, assert_same, assert_same_bits, by_channel, channel_indices, element, run, run_as,
     wide,
 };
-pub use device::{Device, Driver, cpu, cuda, cuda_device, driver, on_own_stream, say};
+pub use device::{Device, Driver, cpu, cuda, cuda_device, driver, on_own_stream, on_stream, say};
 pub use random::Random;
 pub use reference::{Scales, Values, errors, limit, reference, sum};
 

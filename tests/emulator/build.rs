@@ -26,6 +26,8 @@ const DRIVER_SOURCES: [&str; 13] = [
     "simt.cpp",
 ];
 const NVRTC_SOURCES: [&str; 1] = ["nvrtc.cpp"];
+const NCCL_NAMES: [&str; 1] = ["libnccl.so"];
+const NCCL_SOURCES: [&str; 1] = ["nccl.cpp"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -35,6 +37,7 @@ fn main() {
     if std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux") {
         build(&out, &DRIVER_NAMES, &DRIVER_SOURCES);
         build(&out, &NVRTC_NAMES, &NVRTC_SOURCES);
+        build(&out, &NCCL_NAMES, &NCCL_SOURCES);
     }
     println!("cargo:rustc-env=EMULATOR_LIBRARIES={}", out.display());
     println!("cargo:rustc-env=EMULATOR_INCLUDE={}/include", root().display());

@@ -105,8 +105,8 @@ struct Thread {
   uint32_t arrival_clocks[PHASES];
   Knowledge acquired;  // since the last block barrier
   std::vector<ThreadCopy> copies;
-  unsigned copy_group;    // of the copies that are started now
-  uint32_t bulk_fence;    // clock from which on what it stores is not fenced off from bulk copies
+  unsigned copy_group;  // of the copies that are started now
+  uint32_t bulk_fence;  // clock from which on what it stores is not fenced off from bulk copies
 };
 
 // An mbarrier's true state: the eight bytes in shared memory only stand for it.

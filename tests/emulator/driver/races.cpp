@@ -149,8 +149,8 @@ void check_shared_order(Thread& thread, size_t offset, size_t bytes, Direction d
     const Stamp mine = thread.stamp | touched;
     if (cell.store == IN_FLIGHT) {
       fault(thread, CUDA_ERROR_LAUNCH_FAILED, origin,
-            "%s of shared memory at byte %zu while a copy into it is in flight: it must be waited for",
-            verb(direction), in_block);
+            "%s of shared memory at byte %zu while a copy into it is in flight: it must be waited for", verb(direction),
+            in_block);
     }
     if (conflicts(thread, mine, cell.store)) {
       race(thread, "shared", in_block, bytes, direction, origin, cell.store, "stored", cell.store_place);

@@ -29,9 +29,9 @@ mod profiles;
 
 pub use library::{
     Calls, Launch, LiveMemory, SourcePatches, WatchedCalls, context_calls, create_context, driver_version,
-    inject_fault, install, last_fault, launches, live_memory, nvrtc_version, patch_sources, set_driver_version,
-    set_empty_launches, set_memory_limit, set_no_device, set_nvrtc_version, set_schedule, stream_calls, thread_calls,
-    use_portable_fibers, watch_calls,
+    inject_fault, install, install_nccl, last_fault, launches, live_memory, nvrtc_version, patch_sources,
+    set_driver_version, set_empty_launches, set_memory_limit, set_no_device, set_nvrtc_version, set_schedule,
+    stream_calls, thread_calls, use_portable_fibers, watch_calls,
 };
 pub use profiles::{PROFILES, Profile, ordinal};
 

@@ -186,6 +186,10 @@ mod loading {
         }
     }
 
+    pub(super) fn load_nccl() {
+        std::mem::forget(open("libnccl.so"));
+    }
+
     /// # Safety
     ///
     /// The libraries are the stand-ins, and nobody uses them yet.
@@ -226,6 +230,8 @@ mod loading {
 
 #[cfg(not(target_os = "linux"))]
 mod loading {
+    pub(super) fn load_nccl() {}
+
     pub(super) fn load() -> super::Library {
         panic!("the stand-in driver is for Linux; on this system use a real one")
     }
@@ -246,6 +252,19 @@ fn library() -> &'static Library {
 /// On systems other than Linux, and if the libraries cannot be loaded.
 pub fn install() {
     library();
+}
+
+/// [`install`], and a stand-in for NCCL too, between ranks that are threads of this process.
+///
+/// To be called before the first call of `cudarc`; further calls, from any thread, do nothing.
+///
+/// # Panics
+///
+/// As [`install`].
+pub fn install_nccl() {
+    static NCCL: OnceLock<()> = OnceLock::new();
+    install();
+    NCCL.get_or_init(loading::load_nccl);
 }
 
 fn check(what: &str, status: c_uint) {

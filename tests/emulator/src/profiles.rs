@@ -170,6 +170,14 @@ const SMALL_100: Profile = Profile {
     ..B200
 };
 
+/// The same, of which other programs have taken nearly all registers: fewer blocks run at a time than its limits promise.
+const SMALL_CROWDED: Profile = Profile {
+    name: "small-crowded",
+    device_name: "Stand-in small-crowded",
+    registers: 8 << 10,
+    ..SMALL_100
+};
+
 /// A T4 in small.
 const SMALL_75: Profile = Profile {
     name: "small-75",
@@ -213,8 +221,18 @@ const TOO_OLD: Profile = Profile {
 };
 
 /// The devices in the order of their ordinals.
-pub const PROFILES: [Profile; 10] = [
-    H200, T4, A100, RTX_4090, B200, SMALL_90, SMALL_100, SMALL_75, SMALL_GRID, TOO_OLD,
+pub const PROFILES: [Profile; 11] = [
+    H200,
+    T4,
+    A100,
+    RTX_4090,
+    B200,
+    SMALL_90,
+    SMALL_100,
+    SMALL_CROWDED,
+    SMALL_75,
+    SMALL_GRID,
+    TOO_OLD,
 ];
 
 /// The ordinal under which the stand-in presents the device of this name, for `CudaContext::new`.

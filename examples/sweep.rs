@@ -1,0 +1,443 @@
+//! Tries every legal way to run a pass on this machine's GPU: each is checked against the general path and timed, all in
+//! one process. `examples/tune.rs` makes of the result what plans go by.
+//!
+//! ```text
+//! cargo run --release --example sweep -- --json sweep.json
+//! cargo run --release --example sweep -- --json sweep.json --stand-in      # a dry run: its times mean nothing
+//! ```
+//!
+//! Times are those of one call in a CUDA graph, with a cold cache: the calls rotate among tensors that together are more
+//! than four times the L2 cache. Beside them is a copy of the same tensor. Ends with an error if a result is wrong, or if
+//! the time was used up before all had been tried; what was found by then is written all the same.
+
+#[path = "../benches/shapes/resnet_50.rs"]
+mod resnet_50;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use batchnorm_cuda::cuda::plan::{Choice, Operation, Plan, Problem};
+use batchnorm_cuda::cuda::{DiskCache, Instantiation, compile_ahead};
+use batchnorm_cuda::cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use batchnorm_cuda::cudarc::driver::{CudaContext, CudaGraph, CudaSlice};
+use batchnorm_cuda::half::{bf16, f16};
+use batchnorm_cuda::{
+    Backend, Backward, BatchNorm2d, BatchNorm2dConfig, Cuda, Dtype, Element, Forward, Gradients, Layout, Real, Saved,
+    Shape,
+};
+use clap::Parser;
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+type Answer<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// Tries every legal way to run a pass: checks it and times it.
+#[derive(Parser)]
+struct Arguments {
+    /// Where the result goes.
+    #[arg(long)]
+    json: PathBuf,
+    /// Use the stand-in driver, with small tensors and a few of the candidates.
+    #[arg(long)]
+    stand_in: bool,
+    /// Start no further shape after so many seconds.
+    #[arg(long, default_value_t = 440.0)]
+    seconds: f64,
+}
+
+/// Time that the calls of a graph take together, about: enough to forget what its launch costs.
+const GRAPH_NANOSECONDS: f64 = 1e6;
+/// Replays of a graph; their median counts.
+const REPLAYS: usize = 3;
+/// Elements that are looked at in each of these many places of a tensor.
+const SAMPLE: usize = 1024;
+const SAMPLES: usize = 16;
+/// Of how many candidates a dry run takes one.
+const DRY_RUN_EVERY: usize = 64;
+
+fn main() -> ExitCode {
+    match sweep(&Arguments::parse()) {
+        Ok(summary) => {
+            println!("{}", summary.text());
+            if summary.is_complete() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+        Err(error) => {
+            eprintln!("sweep: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[derive(Default)]
+struct Summary {
+    tried: usize,
+    wrong: usize,
+    problems: usize,
+    not_reached: usize,
+}
+
+impl Summary {
+    fn is_complete(&self) -> bool {
+        self.wrong == 0 && self.not_reached == 0 && self.tried > 0
+    }
+
+    fn text(&self) -> String {
+        let Self {
+            tried,
+            wrong,
+            problems,
+            not_reached,
+        } = self;
+        format!("{tried} ways for {problems} passes tried, {wrong} wrong; {not_reached} passes not reached")
+    }
+}
+
+fn sweep(arguments: &Arguments) -> Answer<Summary> {
+    let start = Instant::now();
+    let (context, cache) = if arguments.stand_in {
+        emulator::install();
+        (CudaContext::new(emulator::ordinal("small-100"))?, DiskCache::Off)
+    } else {
+        batchnorm_cuda::cuda::is_available()?;
+        (CudaContext::new(0)?, DiskCache::Default)
+    };
+    // SAFETY: one stream uses all buffers. A graph cannot be captured with the events.
+    unsafe { context.disable_event_tracking() };
+    let cuda = Cuda::with_cache(context.new_stream()?, cache.clone())?;
+    let problems = problems(arguments.stand_in);
+    if !arguments.stand_in {
+        compile_all(&cuda, &problems, &cache);
+    }
+    let mut summary = Summary::default();
+    let mut passes = Vec::new();
+    for problem in &problems {
+        if start.elapsed() > Duration::from_secs_f64(arguments.seconds) {
+            summary.not_reached += 1;
+            continue;
+        }
+        let dry_run = arguments.stand_in;
+        let found = match problem.dtype {
+            Dtype::F16 => try_all::<f16>(&cuda, problem, dry_run, &mut summary),
+            Dtype::Bf16 => try_all::<bf16>(&cuda, problem, dry_run, &mut summary),
+            Dtype::F32 => try_all::<f32>(&cuda, problem, dry_run, &mut summary),
+            Dtype::F64 => try_all::<f64>(&cuda, problem, dry_run, &mut summary),
+        }?;
+        summary.problems += 1;
+        passes.push(found);
+    }
+    let report = json!({
+        "stand_in": arguments.stand_in,
+        "limits": limits_to_json(&cuda),
+        "seconds": start.elapsed().as_secs_f64(),
+        "tried": summary.tried,
+        "wrong": summary.wrong,
+        "not_reached": summary.not_reached,
+        "passes": passes,
+    });
+    std::fs::write(&arguments.json, format!("{report:#}\n"))?;
+    Ok(summary)
+}
+
+/// ResNet-50 at both of its usual batches, and one tensor of images in full size; those that matter most come first.
+fn problems(small: bool) -> Vec<Problem> {
+    let shapes: Vec<Shape> = if small {
+        let planes = [Shape::nchw(3, 6, 14, 14), Shape::nchw(4, 16, 7, 7)];
+        planes
+            .into_iter()
+            .chain([Shape::nchw(3, 64, 6, 5).channels_last()])
+            .collect()
+    } else {
+        let large = Shape::nchw(4, 128, 1024, 1024);
+        let resnet_50 = [256, 32]
+            .into_iter()
+            .flat_map(|batch| resnet_50::resnet_50().map(move |shape| Shape { batch, ..shape }));
+        resnet_50.chain([large]).collect()
+    };
+    let mut problems = Vec::new();
+    let dtypes: &[Dtype] = if small {
+        &[Dtype::F16]
+    } else {
+        &[Dtype::F16, Dtype::F32, Dtype::Bf16]
+    };
+    for &dtype in dtypes {
+        for shape in &shapes {
+            // A bf16 takes as long as an f16; it is enough to see that it does.
+            if dtype == Dtype::Bf16 && shape.layout == Layout::Nhwc {
+                continue;
+            }
+            for operation in [Operation::Train, Operation::Backward] {
+                problems.push(Problem::new(operation, *shape, dtype));
+            }
+        }
+    }
+    problems
+}
+
+/// Fills the cache on disk, by all cores at once. What cannot be compiled will say so when it is tried.
+fn compile_all(cuda: &Cuda, problems: &[Problem], cache: &DiskCache) {
+    let mut wanted: Vec<Instantiation> = problems
+        .iter()
+        .filter_map(|problem| Plan::candidates(problem, cuda.limits()).ok())
+        .flatten()
+        .flat_map(|plan| plan.kernels)
+        .map(|launch| launch.instantiation)
+        .collect();
+    let mut seen = std::collections::HashSet::new();
+    wanted.retain(|instantiation| seen.insert(*instantiation));
+    wanted.par_iter().for_each(|instantiation| {
+        let _ = compile_ahead(instantiation, cuda.limits().architecture, cache);
+    });
+}
+
+/// The tensors of one call.
+struct Tensors<T: Element> {
+    x: CudaSlice<T>,
+    y: CudaSlice<T>,
+    dy: CudaSlice<T>,
+    dx: CudaSlice<T>,
+}
+
+fn try_all<T: Element>(cuda: &Cuda, problem: &Problem, dry_run: bool, summary: &mut Summary) -> Answer<Value> {
+    let shape = problem.shape;
+    let every = if dry_run { DRY_RUN_EVERY } else { 1 };
+    let mut sets = tensors::<T>(cuda, shape, dry_run)?;
+    let mut general = Step::new(&cuda.with_choice(Choice::GENERAL), shape)?;
+    // A backward pass needs statistics.
+    general.run(Operation::Train, &mut sets[0])?;
+    general.run(problem.operation, &mut sets[0])?;
+    let expected = general.results(problem.operation, &sets[0])?;
+    let copy = time(cuda, &mut sets, 50e3, |tensors| {
+        cuda.copy(tensors.x.as_view(), tensors.y.as_view_mut())
+    })?;
+
+    let mut ways = Vec::new();
+    for plan in Plan::candidates(problem, cuda.limits())?.iter().step_by(every) {
+        let choice = plan.choice();
+        let found = try_one(
+            &cuda.with_choice(choice),
+            problem,
+            plan.modelled_time(),
+            &mut sets,
+            &expected,
+        );
+        summary.tried += 1;
+        let (time, wrong) = match found {
+            Ok(time) => (Some(time), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        summary.wrong += usize::from(wrong.is_some());
+        if let Some(wrong) = &wrong {
+            println!(
+                "wrong: {} {shape} {}, {choice}: {wrong}",
+                problem.operation, problem.dtype
+            );
+        }
+        ways.push(json!({
+            "way": choice.to_string(),
+            "modelled_us": plan.modelled_time() * 1e-3,
+            "us": time,
+            "wrong": wrong,
+        }));
+    }
+    Ok(json!({
+        "op": problem.operation.name(),
+        "shape": [shape.batch, shape.channels, shape.height, shape.width],
+        "layout": shape.layout.name(),
+        "element": problem.dtype.name(),
+        "least_bytes": Plan::new(problem, cuda.limits())?.minimum_bytes(),
+        "copy_us": copy,
+        "ways": ways,
+    }))
+}
+
+/// More tensors than four times the L2 cache; a pass touches at least two of each set. The stand-in has no cache.
+fn tensors<T: Element>(cuda: &Cuda, shape: Shape, dry_run: bool) -> Answer<Vec<Tensors<T>>> {
+    let len = shape.len()?;
+    let sets = if dry_run {
+        1
+    } else {
+        1 + 4 * cuda.limits().l2_cache as usize / (2 * len * size_of::<T>())
+    };
+    let values = |factor: usize| -> Vec<T> {
+        let value = |i: usize| (i * factor % 4093) as f64 / 1024.0 - 1.5;
+        (0..len).map(|i| T::from_param(T::Param::from_f64(value(i)))).collect()
+    };
+    let (x, dy) = (values(7919), values(104_729));
+    (0..sets)
+        .map(|_| {
+            Ok(Tensors {
+                x: cuda.upload(&x)?,
+                y: cuda.zeros(len)?,
+                dy: cuda.upload(&dy)?,
+                dx: cuda.zeros(len)?,
+            })
+        })
+        .collect()
+}
+
+/// Checks one way, then times it: microseconds of a call.
+fn try_one<T: Element>(
+    cuda: &Cuda,
+    problem: &Problem,
+    modelled: f64,
+    sets: &mut [Tensors<T>],
+    expected: &[Vec<f64>],
+) -> Answer<f64> {
+    let mut step = Step::<T>::new(cuda, problem.shape)?;
+    let len = problem.shape.len()?;
+    // What a way before this one has left must not stand for its result.
+    (sets[0].y, sets[0].dx) = (cuda.zeros(len)?, cuda.zeros(len)?);
+    step.run(Operation::Train, &mut sets[0])?;
+    step.run(problem.operation, &mut sets[0])?;
+    compare::<T>(&step.results(problem.operation, &sets[0])?, expected)?;
+    time(cuda, sets, modelled, |tensors| step.run(problem.operation, tensors))
+}
+
+/// A module, and what its passes need.
+struct Step<T: Element> {
+    cuda: Cuda,
+    module: BatchNorm2d<Cuda, T::Param>,
+    saved: Saved<Cuda, T>,
+    gradients: Gradients<Cuda, T::Param>,
+}
+
+impl<T: Element> Step<T> {
+    fn new(cuda: &Cuda, shape: Shape) -> batchnorm_cuda::Result<Self> {
+        let module = BatchNorm2d::new(cuda, BatchNorm2dConfig::new(shape.channels))?;
+        Ok(Self {
+            cuda: cuda.clone(),
+            saved: module.prepare(shape)?,
+            gradients: module.gradients()?,
+            module,
+        })
+    }
+
+    fn run(&mut self, operation: Operation, tensors: &mut Tensors<T>) -> batchnorm_cuda::Result<()> {
+        let Tensors { x, y, dy, dx } = tensors;
+        match operation {
+            Operation::Backward => {
+                let backward = Backward::new(&*x, &*dy).dx(dx).parameters(&mut self.gradients);
+                self.module.backward_with(backward, &mut self.saved)
+            }
+            _ => self.module.forward_train_with(Forward::new(&*x, y), &mut self.saved),
+        }
+    }
+
+    /// Samples of the tensor that the pass writes, and all numbers per channel.
+    fn results(&self, operation: Operation, tensors: &Tensors<T>) -> Answer<Vec<Vec<f64>>> {
+        let (tensor, vectors) = match operation {
+            Operation::Backward => (&tensors.dx, [&self.gradients.weight, &self.gradients.bias]),
+            _ => {
+                let running = self.module.running_mean().zip(self.module.running_var());
+                let (mean, variance) = running.ok_or("the module tracks statistics")?;
+                (&tensors.y, [mean, variance])
+            }
+        };
+        let len = tensor.len();
+        let mut samples = Vec::new();
+        for place in 0..SAMPLES {
+            let begin = (len.saturating_sub(SAMPLE) * place) / (SAMPLES - 1);
+            let part = self.cuda.to_vec(tensor.slice(begin..(begin + SAMPLE).min(len)))?;
+            samples.extend(part.into_iter().map(|value| value.to_param().to_f64()));
+        }
+        let mut results = vec![samples];
+        for vector in vectors {
+            let values = self.cuda.to_vec(vector.as_view())?;
+            results.push(values.into_iter().map(Real::to_f64).collect());
+        }
+        Ok(results)
+    }
+}
+
+/// Two ways to compute the same differ by rounding: a few units in the last place of the largest number.
+fn compare<T: Element>(got: &[Vec<f64>], expected: &[Vec<f64>]) -> Answer<()> {
+    let of_tensor = match T::DTYPE {
+        Dtype::F16 => 2e-3,
+        Dtype::Bf16 => 1.6e-2,
+        Dtype::F32 | Dtype::F64 => 2e-6,
+    };
+    let names = ["tensor", "first vector", "second vector"];
+    for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let limit = if index == 0 { of_tensor } else { 1e-4 };
+        let largest = expected
+            .iter()
+            .fold(1e-30, |largest: f64, value| largest.max(value.abs()));
+        let error = got
+            .iter()
+            .zip(expected)
+            .map(|(got, expected)| {
+                if got.is_nan() {
+                    f64::INFINITY
+                } else {
+                    (got - expected).abs()
+                }
+            })
+            .fold(0.0, f64::max);
+        if error > limit * largest {
+            return Err(format!("{}: off by {:.1e} of the largest number", names[index], error / largest).into());
+        }
+    }
+    Ok(())
+}
+
+/// Microseconds of one call, of a graph of calls that take turns among the tensors.
+fn time<T: Element>(
+    cuda: &Cuda,
+    sets: &mut [Tensors<T>],
+    modelled: f64,
+    mut call: impl FnMut(&mut Tensors<T>) -> batchnorm_cuda::Result<()>,
+) -> Answer<f64> {
+    let calls = (GRAPH_NANOSECONDS / modelled).clamp(2.0, 100.0) as usize;
+    let stream = Arc::clone(cuda.stream());
+    let graph = capture(&stream, || {
+        (0..calls).try_for_each(|number| call(&mut sets[number % sets.len()]))
+    })?;
+    let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+    let mut times = Vec::new();
+    graph.launch()?;
+    for _ in 0..REPLAYS {
+        let start = event()?;
+        graph.launch()?;
+        let end = event()?;
+        stream.synchronize()?;
+        times.push(f64::from(start.elapsed_ms(&end)?) * 1e3 / calls as f64);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[REPLAYS / 2])
+}
+
+fn capture(
+    stream: &Arc<batchnorm_cuda::cudarc::driver::CudaStream>,
+    calls: impl FnOnce() -> batchnorm_cuda::Result<()>,
+) -> Answer<CudaGraph> {
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+    let called = calls();
+    let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
+    called?;
+    Ok(graph?.ok_or("the capture gave no graph")?)
+}
+
+fn limits_to_json(cuda: &Cuda) -> Value {
+    let limits = cuda.limits();
+    json!({
+        "name": limits.name,
+        "architecture": limits.architecture,
+        "multiprocessors": limits.multiprocessors,
+        "threads_per_multiprocessor": limits.threads_per_multiprocessor,
+        "shared_memory_per_block": limits.shared_memory_per_block,
+        "shared_memory_per_multiprocessor": limits.shared_memory_per_multiprocessor,
+        "shared_memory_reserved_per_block": limits.shared_memory_reserved_per_block,
+        "blocks_per_multiprocessor": limits.blocks_per_multiprocessor,
+        "largest_cluster": limits.largest_cluster,
+        "cooperative_launch": limits.cooperative_launch,
+        "memory_bandwidth": limits.memory_bandwidth,
+        "l2_cache": limits.l2_cache,
+        "grid": limits.grid,
+    })
+}

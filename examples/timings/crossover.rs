@@ -1,0 +1,47 @@
+//! From which size on several threads are faster than one: what `Cpu::threads_from` decides.
+
+use batchnorm_cuda::{Cpu, Dtype, Layout, Result, Shape};
+
+use crate::pass::{Op, passes};
+use crate::{percentile, second_run};
+
+/// Prints, for tensors of growing size, the median times of passes on one thread and on all threads of the current pool, and for
+/// each pass the size from which on all threads are faster.
+pub fn measure(rounds: usize) -> Result<()> {
+    let threads = rayon::current_num_threads();
+    println!("f32; KiB are those of x forward, of x and dy backward; ms on 1 thread and on {threads}");
+    for layout in [Layout::Nchw, Layout::Nhwc] {
+        for op in Op::REPORTED {
+            let mut from = None;
+            for batch in [1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128] {
+                // 32 KiB of x for each image.
+                let shape = Shape {
+                    layout,
+                    ..Shape::nchw(batch, 32, 16, 16)
+                };
+                let mut one = passes(Cpu::new().threads_from(usize::MAX), shape, Dtype::F32)?;
+                let mut all = passes(Cpu::new().threads_from(0), shape, Dtype::F32)?;
+                let mut times = [vec![], vec![]];
+                for _ in 0..rounds {
+                    times[0].push(second_run(|| one.run(op))?);
+                    times[1].push(second_run(|| all.run(op))?);
+                }
+                let [one, all] = times.map(|mut times| {
+                    times.sort_by(f64::total_cmp);
+                    percentile(&times, 0.5)
+                });
+                let kib = 32 * batch * if op == Op::Backward { 2 } else { 1 };
+                println!("{:<8} {layout} {kib:>5} KiB {one:>8.4} {all:>8.4}", op.name());
+                from = if all < one { from.or(Some(kib)) } else { None };
+            }
+            match from {
+                Some(kib) => println!(
+                    "{:<8} {layout}: {threads} threads are faster from {kib} KiB on",
+                    op.name()
+                ),
+                None => println!("{:<8} {layout}: one thread is the fastest", op.name()),
+            }
+        }
+    }
+    Ok(())
+}
