@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! {"do": "device"}
-//! {"do": "prepare", "shape": "32x64x56x56", "layout": "nchw", "element": "f16", "epilogue": "relu", "folder": "/tmp/step"}
+//! {"do": "prepare", "shape": "32x64x56x56", "layout": "nchw", "element": "f16", "epilogue": "relu", "folder": "/tmp/step",
+//!  "most_sets": 1000}
 //! {"do": "results"}
 //! {"do": "time", "op": "train", "cache": "cold", "calls": 100, "repeats": 2}
 //! {"do": "once", "op": "train"}
@@ -11,7 +12,7 @@
 //!
 //! `prepare` reads x, dy and z from raw files of that folder, `results` writes y, y_eval, dx, dz, dweight and dbias there.
 //! `time` answers with the milliseconds of one call, for each replay of a CUDA graph of so many calls. With a `cold` cache the
-//! calls rotate among sets of tensors of which every pass touches more than four times the L2 cache; with a `warm` one all
+//! calls rotate among sets of tensors, `most_sets` at most, of which every pass touches more than four times the L2 cache; with a `warm` one all
 //! calls use one set. `once` runs a single call, for a profiler. An answer with `error` says why something could not be done.
 //!
 //! `--stand-in h200` takes the stand-in driver instead of a GPU: its times mean nothing, all else is the same.
@@ -88,6 +89,7 @@ fn answer(line: &str, cuda: &Cuda, prepared: &mut Option<Box<dyn Passes>>) -> An
             },
             epilogue: text("epilogue")?.parse()?,
             folder: PathBuf::from(text("folder")?),
+            most_sets: number("most_sets")?,
         };
         // Freed before the next tensors are allocated.
         *prepared = None;
@@ -172,6 +174,7 @@ struct Case {
     shape: Shape,
     epilogue: Epilogue,
     folder: PathBuf,
+    most_sets: u64,
 }
 
 /// Passes over one shape, element and epilogue.
@@ -220,7 +223,7 @@ impl<T: Element> Step<T> {
         let (x, dy, z) = (read("x")?, read("dy")?, read("z")?);
         // The pass that touches the fewest tensors touches two of each set.
         let bytes = 2 * (len * size_of::<T>()) as u64;
-        let sets = 1 + 4 * cuda.limits().l2_cache / bytes;
+        let sets = (1 + 4 * cuda.limits().l2_cache / bytes).min(case.most_sets);
         let sets = (0..sets)
             .map(|_| {
                 Ok(Tensors {

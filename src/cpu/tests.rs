@@ -1,13 +1,16 @@
 //! What the backend's parts promise each other, and what no test from outside can force: instruction sets below the best.
 //! Numbers are held against the reference in `tests/`.
 
+use std::cell::RefCell;
+
 use half::{bf16, f16};
 use rayon::ThreadPoolBuilder;
 
-use super::coefficients::Table;
+use super::coefficients::{Coefficients, Table};
+use super::elementwise::{Order, Visitor, visit};
 use super::geometry::{Geometry, STRIP, Task};
 use super::memory::{Sink, Source};
-use super::reduce::{Tree, pairwise};
+use super::reduce::{Block, Tree, pairwise};
 use super::simd::{Kernel, LANES, Level, Simd, blocks, narrow, widen};
 use super::{Cpu, forward, gradients};
 use crate::backend::{
@@ -135,6 +138,59 @@ fn tasks_have_every_element_once_with_its_channel() {
             assert_eq!(Some(geometry.first_value(channel)), first, "{shape}");
         }
     }
+}
+
+/// Notes which elements it is shown, each with its coefficient.
+struct Recorder(RefCell<Vec<(usize, f32)>>);
+
+impl Visitor<f32> for Recorder {
+    fn visit(&self, block: Block, coefficients: &impl Coefficients<f32>) {
+        let values = coefficients.at(0, block.position);
+        let shown = (0..block.count).map(|lane| (block.at + lane, values[lane]));
+        self.0.borrow_mut().extend(shown);
+    }
+}
+
+#[test]
+fn both_orders_visit_every_element_with_its_channel() {
+    for shape in shapes() {
+        let geometry = Geometry::new(shape);
+        let expected: Vec<(usize, f32)> = (0..len(shape))
+            .map(|index| (index, channel_of(shape, index) as f32))
+            .collect();
+        for order in [Order::Ascending, Order::Descending] {
+            let recorder = Recorder(RefCell::default());
+            for part in 0..geometry.parts() {
+                for group in 0..geometry.groups() {
+                    let task = Task {
+                        channels: geometry.group(group),
+                        chunks: geometry.part(part),
+                    };
+                    let mut table = Table::<f32, 1>::new();
+                    for (at, _) in blocks(task.channels.len()) {
+                        let channel = |lane| (task.channels.start + at + lane) as f32;
+                        table.set(0, at, &std::array::from_fn(channel));
+                    }
+                    visit::<_, f32, 1>(&geometry, &task, &mut table, None, order, &recorder);
+                }
+            }
+            let mut visited = recorder.0.into_inner();
+            visited.sort_by_key(|&(index, _)| index);
+            assert!(visited == expected, "{shape} {order:?}");
+        }
+    }
+}
+
+#[test]
+fn a_store_just_ahead_of_the_loads_turns_the_order() {
+    let mut memory = vec![0.0f32; 4096];
+    // 4096 bytes apart, so that the distance within a page is that of the slices' starts.
+    let (x, y) = memory.split_at_mut(1024);
+    let mut order_at = |offset: usize| Order::of(Some(Sink::from(&mut y[offset..])), &[Source::from(&*x)]);
+    assert_eq!(order_at(0), Order::Ascending);
+    assert_eq!(order_at(8), Order::Descending);
+    assert_eq!(order_at(1024 - 8), Order::Ascending);
+    assert_eq!(Order::of::<f32>(None, &[]), Order::Ascending);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Times the CPU backend beside candle-nn's `BatchNorm` and burn's CPU backends: the same tensors, the same threads, in turns.
+//! Times the CPU backend beside candle-nn's `BatchNorm` and burn-flex: the same tensors, the same threads, in turns.
 //!
 //!     cargo bench -p peers                                      all shapes, all threads
 //!     cargo bench -p peers -- --threads 1 --json                JSON, one line for each implementation, op and shape

@@ -6,9 +6,9 @@ use burn_nn::{BatchNorm, BatchNormConfig};
 
 use crate::{EPS, Inputs, Outputs, Peer};
 
-/// burn on one of its CPU backends.
+/// burn on the backend that it recommends for the CPU, burn-flex. (burn-ndarray is given up by burn itself and takes minutes to
+/// compile; burn-cpu needs a prebuilt LLVM.)
 pub struct Burn {
-    name: &'static str,
     training: BatchNorm,
     evaluation: BatchNorm,
     tracked: Tensor<4>,
@@ -17,19 +17,9 @@ pub struct Burn {
 }
 
 impl Burn {
-    /// The backend that burn recommends for the CPU.
-    pub fn flex(inputs: &Inputs) -> Self {
-        Self::new("burn-flex", Device::flex(), inputs)
-    }
-
-    /// The backend over `ndarray`, which burn is about to give up.
-    pub fn ndarray(inputs: &Inputs) -> Self {
-        #[allow(deprecated)]
-        let device = Device::ndarray();
-        Self::new("burn-ndarray", device, inputs)
-    }
-
-    fn new(name: &'static str, plain: Device, inputs: &Inputs) -> Self {
+    /// Copies the inputs.
+    pub fn new(inputs: &Inputs) -> Self {
+        let plain = Device::flex();
         let device = plain.clone().autodiff();
         let shape = inputs.shape;
         let tensor = |values: &[f32], device: &Device| {
@@ -47,7 +37,6 @@ impl Burn {
             module
         };
         Self {
-            name,
             training: module(&device),
             evaluation: module(&plain),
             tracked: tensor(&inputs.x, &device).require_grad(),
@@ -63,7 +52,7 @@ fn numbers<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 impl Peer for Burn {
     fn name(&self) -> &'static str {
-        self.name
+        "burn-flex"
     }
 
     fn train(&mut self) {

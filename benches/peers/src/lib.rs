@@ -65,7 +65,6 @@ pub fn on_cpu(inputs: &Inputs) -> Vec<Box<dyn Peer>> {
     vec![
         Box::new(Ours::new("batchnorm-cuda", &Cpu::new(), inputs)),
         Box::new(Candle::new(inputs)),
-        Box::new(Burn::flex(inputs)),
-        Box::new(Burn::ndarray(inputs)),
+        Box::new(Burn::new(inputs)),
     ]
 }
