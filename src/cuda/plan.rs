@@ -506,7 +506,7 @@ impl Plan {
 
     /// Tensors' bytes over the fewest possible: 1 is the best there is. Per-channel vectors are not counted.
     pub fn traffic_ratio(&self) -> f64 {
-        if self.minimum_bytes() == 0 {
+        if self.kernels.is_empty() || self.minimum_bytes() == 0 {
             return 1.0;
         }
         self.traffic().tensors as f64 / self.minimum_bytes() as f64

@@ -6,7 +6,7 @@ use super::kernel::Kernel;
 use super::limits::DeviceLimits;
 use super::tiling::{self, Alignment, Cut, Tiling, VECTOR_BYTES, Walk, Widths};
 use super::tuning::{
-    CLUSTER_SIZES, GRID_TEAMS, RESIDENT_BLOCK_SIZES, RESIDENT_COLUMN_VECTORS, RESIDENT_THREADS_COLUMNS,
+    CLUSTER_SIZES, GRID_TEAMS, RESIDENT_BLOCK_SIZES, RESIDENT_COLUMN_VECTORS, RESIDENT_THREADS_OTHERS,
     RESIDENT_THREADS_PLANES, RESIDENT_VECTOR_BYTES, VECTORS_IN_FLIGHT,
 };
 use crate::element::Dtype;
@@ -192,8 +192,8 @@ fn copies(walk: Walk, vector_bytes: u64) -> impl Iterator<Item = (u32, bool)> {
 /// Blocks of this size that share a multiprocessor, as far as registers go.
 fn blocks(walk: Walk, threads: u64) -> Option<u32> {
     let most = match walk {
-        Walk::Columns => RESIDENT_THREADS_COLUMNS,
-        Walk::Planes | Walk::PlanesWithEdges => RESIDENT_THREADS_PLANES,
+        Walk::Planes => RESIDENT_THREADS_PLANES,
+        Walk::Columns | Walk::PlanesWithEdges => RESIDENT_THREADS_OTHERS,
     };
     (threads <= most).then_some((most / threads) as u32)
 }

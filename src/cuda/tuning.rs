@@ -30,11 +30,11 @@ pub(super) const VECTORS_PER_TASK: u64 = 8;
 /// Block sizes.
 pub(super) const RESIDENT_BLOCK_SIZES: [u64; 3] = [256, 512, 1024];
 
-/// Threads per multiprocessor that a resident kernel is compiled for, so 64 registers for each, where all lanes of a
-/// thread see one channel; and where each lane has numbers of its own, so 128 registers.
+/// Threads per multiprocessor that a resident kernel is compiled for, so 64 registers for each, along whole planes; and so
+/// 128 registers where each lane has numbers of its own, or vectors stick out of a plane.
 pub(super) const RESIDENT_THREADS_PLANES: u64 = 1024;
 /// See [`RESIDENT_THREADS_PLANES`].
-pub(super) const RESIDENT_THREADS_COLUMNS: u64 = 512;
+pub(super) const RESIDENT_THREADS_OTHERS: u64 = 512;
 
 /// Blocks of a cluster.
 pub(super) const CLUSTER_SIZES: [u32; 4] = [2, 4, 8, 16];

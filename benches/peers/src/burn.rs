@@ -47,7 +47,7 @@ impl Burn {
 }
 
 fn numbers<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().to_vec().expect("f32")
+    tensor.into_data().try_to_vec().expect("f32")
 }
 
 impl Peer for Burn {
