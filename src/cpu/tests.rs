@@ -168,7 +168,7 @@ fn both_orders_visit_every_element_with_its_channel() {
                     };
                     let mut table = Table::<f32, 1>::new();
                     for (at, _) in blocks(task.channels.len()) {
-                        let channel = |lane| (task.channels.start + at + lane) as f32;
+                        let channel = |lane: usize| (task.channels.start + at + lane) as f32;
                         table.set(0, at, &std::array::from_fn(channel));
                     }
                     visit::<_, f32, 1>(&geometry, &task, &mut table, None, order, &recorder);
