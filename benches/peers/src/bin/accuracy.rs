@@ -36,11 +36,13 @@ fn main() -> Result<(), Box<dyn Error>> {
 #[cfg(target_os = "linux")]
 fn on_stand_in(inputs: &Inputs) -> Option<Box<dyn Peer>> {
     use batchnorm_cuda::Cuda;
+    use batchnorm_cuda::cuda::DiskCache;
     use batchnorm_cuda::cudarc::driver::CudaContext;
 
     emulator::install();
     let context = CudaContext::new(emulator::ordinal("h200")).expect("the stand-in's device");
-    let cuda = Cuda::on_stream(context.default_stream()).expect("the stand-in's NVRTC");
+    // Kernels of the stand-in have no business among those of the user.
+    let cuda = Cuda::with_cache(context.default_stream(), DiskCache::Off).expect("the stand-in's NVRTC");
     Some(Box::new(peers::Ours::new("batchnorm-cuda-stand-in", &cuda, inputs)))
 }
 
