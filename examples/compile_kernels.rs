@@ -86,12 +86,11 @@ fn is_usual(one: &Instantiation) -> bool {
 fn is_thorough(one: &Instantiation) -> bool {
     match &one.resident {
         None => is_widest(one) || (one.threads == 256 && !one.wide_index),
-        Some(_) => {
-            is_widest(one)
-                && one.threads == 512
-                && !one.wide_index
-                && one.dtype == Dtype::F16
-                && one.epilogue != Epilogue::Relu
+        // Every team and way of copying once, every block size and index width once.
+        Some(resident) => {
+            let one_way = resident.team == Team::Grid && !resident.bulk && resident.stages == 1;
+            let one_size = one.threads == 512 && !one.wide_index && one.dtype == Dtype::F16;
+            is_widest(one) && one.epilogue == Epilogue::AddRelu && (one_way || one_size)
         }
     }
 }

@@ -79,10 +79,12 @@ const CHOICES: [Choice; 7] = [
     Choice::GENERAL,
     Choice {
         bulk: Some(false),
+        stages: Some(2),
         ..Choice::resident(Some(Team::Block))
     },
     Choice {
         bulk: Some(true),
+        stages: Some(2),
         ..Choice::resident(Some(Team::Cluster(2)))
     },
     Choice {

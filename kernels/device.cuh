@@ -29,7 +29,7 @@ struct alignas(sizeof(T) * N) Vector {
   T lane[N];
 };
 
-enum { WARP = 32 };  // threads that run in step
+enum { WARP = 32 };  // threads of a warp
 
 #ifdef BATCHNORM_STAND_IN
 #include "stand_in_device.h"

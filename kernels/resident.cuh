@@ -6,17 +6,20 @@
 //
 //   block     a strip fits one block: nothing is exchanged
 //   cluster   2 to 16 blocks, through distributed shared memory
-//   grid      any number of the blocks of a cooperative launch, through global memory
+//   grid      a share of the blocks of a cooperative launch, through global memory
 //
 // Blocks 0 .. splits - 1 of the grid are the first team, and so on. A block has STAGES buffers: with two, the copies of
-// the next strip are under way while this one is worked on. They are bulk copies (BULK), which one warp starts for the
-// whole block, or copies that each thread makes for itself, which go everywhere: a thread then waits for no one else,
-// because it only ever touches what it has copied.
+// the next strip are under way while this one is worked on. They are bulk copies (BULK), one for each row that a
+// block's share touches, or copies that each thread makes for itself, which go everywhere: a thread then waits for no
+// one else, because it only ever touches what it has copied.
 #pragma once
 #include "normalise.cuh"
 #include "reduce.cuh"
 
-enum { TEAM_BLOCK, TEAM_CLUSTER, TEAM_GRID };
+// What TEAM can be.
+#define TEAM_BLOCK 0
+#define TEAM_CLUSTER 1
+#define TEAM_GRID 2
 
 // A block's shared memory: the mbarriers, TENSORS buffers per stage, the block's results for its peers in a cluster,
 // the per-channel numbers, and the exchange of reduce.cuh. The host computes the same size.
@@ -108,11 +111,11 @@ DEVICE u32 share_bytes(const Tiling& tiling, const Task& task, const Share& shar
 template <int TENSORS, int ROWS>
 DEVICE void start_copies(const Chip<TENSORS, ROWS>& chip, const Tiling& tiling, const Task& task,
                          const Element* const (&tensors)[TENSORS], u32 stage) {
-  if (threadIdx.x >= WARP) return;
   const Share share(tiling, task);
   u64* const barrier = chip.barrier(stage);
   if (threadIdx.x == 0) mbarrier_arrive(barrier, TENSORS * share_bytes(tiling, task, share));
-  for (Index number = threadIdx.x;; number += WARP) {
+  // A warp starts its copies one after another, so all warps share them.
+  for (Index number = threadIdx.x / WARP + threadIdx.x % WARP * (THREADS / WARP);; number += THREADS) {
     const Piece piece = piece_of_row(tiling, task, share, number);
     if (piece.bytes == 0) break;
 #pragma unroll
@@ -168,9 +171,9 @@ DEVICE void reduce_over_team(const Chip<TENSORS, ROWS>& chip, const Tiling& tili
   const Exchange exchange = chip.exchange();
   exchange.put(states);
   block_barrier();
-#if TEAM == 0
+#if TEAM == TEAM_BLOCK
   join_threads<State>(tiling, task, exchange, finish);
-#elif TEAM == 1
+#elif TEAM == TEAM_CLUSTER
   u64* const weight = chip.peer_weight();
   Real *const first = chip.peer_first(), *const second = chip.peer_second();
   // The peers have read what this block left for them of the strip before.
@@ -214,7 +217,7 @@ DEVICE void reduce_over_team(const Chip<TENSORS, ROWS>& chip, const Tiling& tili
 
 // A block stays until its peers have read what it left for them.
 DEVICE void leave_team(u32 laps) {
-#if TEAM == 1
+#if TEAM == TEAM_CLUSTER
   if (laps > 0) cluster_wait();
 #endif
 }

@@ -23,7 +23,7 @@ struct Arguments {
   const Real* bias;    // absent: 0
   RunningUpdate update;
   u64 cumulative;  // whether the momentum is a cumulative average
-  u32* finished;   // strips that are done; zero between launches
+  u32* finished;   // strips that are done, if it is one; zero between launches
   Partials partials;
   double eps;
   Tiling tiling;
@@ -78,8 +78,11 @@ DEVICE void find_statistics(const Arguments& arguments, const Task& task, const 
       update.move(c, pivot + moments.mean, moments.variance, momentum);
     }
   });
-  // The batch is counted once every channel has taken its factor: by whoever finishes the last strip.
-  if (update.mean && task.split == 0 && threadIdx.x == 0 && arrive(arguments.finished) == (u32)tiling.strips - 1) {
+  if (!update.mean || task.split != 0 || threadIdx.x != 0) return;
+  // Where channels take their factor from the count of batches, the last strip that is done counts this one.
+  if (!arguments.cumulative) {
+    if (task.strip == 0) update.count_batch();
+  } else if (arrive(arguments.finished) == (u32)tiling.strips - 1) {
     update.count_batch();
     store_one(arguments.finished, 0u);
   }

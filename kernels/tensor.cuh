@@ -13,8 +13,7 @@
 //   planes    NCHW. A strip is one channel: the block runs over that channel's planes (its part of each row), and all
 //             lanes of all threads see the same channel. Where a plane begins or ends inside a 16-byte vector (EDGES),
 //             the vectors that stick out are read lane by lane.
-//   columns   NHWC, and NCHW with planes too short to vectorise by themselves (7x7): a strip is `width` vectors of
-//   every
+//   columns   NHWC, and NCHW with planes too short to vectorise by themselves (7x7): a strip is `width` vectors of each
 //             row, a whole number of channels. A thread stays in its column, so each of its lanes sees one channel for
 //             good.
 #pragma once

@@ -622,3 +622,25 @@ fn a_plan_can_be_read() {
         assert!(text.contains(part), "{text}");
     }
 }
+
+/// What one multiprocessor does with few threads takes longer, and a second buffer is of no use to a strip that is alone.
+#[test]
+fn the_model_knows_threads_and_laps() {
+    let time = |shape, threads, stages| {
+        let choice = Choice {
+            threads: Some(threads),
+            stages: Some(stages),
+            bulk: Some(true),
+            ..Choice::resident(Some(Team::Block))
+        };
+        Plan::chosen(&Problem::new(Operation::Train, shape, Dtype::F32), &h200(), &choice)
+            .unwrap()
+            .modelled_time()
+    };
+    // 128 strips of 100 KB on 132 multiprocessors: one block on each.
+    let alone = Shape::nchw(32, 128, 28, 28);
+    assert!(time(alone, 256, 1) > time(alone, 1024, 1));
+    assert!(time(alone, 512, 2) >= time(alone, 512, 1));
+    let many = Shape::nchw(32, 1024, 28, 28);
+    assert!(time(many, 1024, 2) < time(many, 1024, 1));
+}

@@ -9,7 +9,7 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use batchnorm_cuda::cuda::plan::{Choice, Team};
+use batchnorm_cuda::cuda::plan::{Choice, Operation, Problem, Team};
 use batchnorm_cuda::half::{bf16, f16};
 use batchnorm_cuda::{Backend, BatchNorm2d, BatchNorm2dConfig, Cuda, Element, Epilogue, Momentum, Shape};
 use common::{Case, Form, Random, assert_near_reference, assert_same, run, run_as};
@@ -169,23 +169,44 @@ fn passes_of_one_workspace_follow_each_other() {
     }
 }
 
-/// Plans go by a device's limits, but the driver may have room for fewer blocks: then the general path is taken.
+/// Plans go by a device's limits, but the driver may have room for fewer blocks: then there are fewer teams, and where it
+/// has no room for one, the general path is taken.
 #[test]
-fn a_device_with_less_room_than_its_limits_takes_the_general_path() {
-    let case = Case::<f32>::random(&mut Random::new(4), Shape::nchw(4, 14, 4, 8), Epilogue::AddRelu);
+fn a_device_with_less_room_than_its_limits_runs_what_fits() {
+    let shape = Shape::nchw(4, 14, 4, 8);
+    let case = Case::<f32>::random(&mut Random::new(4), shape, Epilogue::AddRelu);
+    // 12 blocks of 256 threads fit the one device, 3 the other.
     for (team, profile, expected) in [
-        (Team::Grid, "small-100", 2),
-        (Team::Grid, "small-crowded", 0),
-        (Team::Cluster(8), "small-100", 2),
-        (Team::Cluster(8), "small-crowded", 0),
-        (Team::Block, "small-crowded", 2),
+        (Team::Cluster(8), "small-100", &[8, 8][..]),
+        (Team::Cluster(8), "small-crowded", &[]),
+        (Team::Cluster(2), "small-100", &[10, 10]),
+        (Team::Cluster(2), "small-crowded", &[2, 2]),
+        (Team::Block, "small-100", &[7, 7]),
+        (Team::Block, "small-crowded", &[3, 3]),
     ] {
         let cuda = device(profile).with_choice(Choice {
             threads: Some(256),
+            stages: Some(1),
+            bulk: Some(false),
+            vector: Some(4),
             ..Choice::resident(Some(team))
         });
         let outcome = run(&cuda, &case);
         assert_near_reference(profile, &case, &outcome);
-        assert_eq!(resident_launches(&cuda).len(), expected, "{team} on {profile}");
+        let grids: Vec<u32> = emulator::launches(cuda.stream().cu_stream())
+            .into_iter()
+            .filter(|launch| launch.kernel.starts_with("resident"))
+            .map(|launch| launch.grid[0])
+            .collect();
+        assert_eq!(grids, expected, "{team} on {profile}");
+        let problem = Problem::new(Operation::Train, shape, f32::DTYPE).epilogue(Epilogue::AddRelu);
+        let planned = cuda.plan(&problem).unwrap().kernels[0].grid;
+        assert!(grids.first().is_none_or(|&grid| grid == planned), "{team} on {profile}");
     }
+    let grid = |profile| {
+        let cuda = device(profile).with_choice(Choice::resident(Some(Team::Grid)));
+        assert_near_reference(profile, &case, &run(&cuda, &case));
+        resident_launches(&cuda).len()
+    };
+    assert_eq!((grid("small-100"), grid("small-crowded")), (2, 2));
 }

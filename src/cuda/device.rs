@@ -14,7 +14,8 @@ use super::disk_cache::DiskCache;
 use super::driver_error::driver_error;
 use super::kernel::Instantiation;
 use super::limits::{DeviceLimits, largest_cluster};
-use super::plan::{Choice, Plan, Problem, Resident};
+use super::plan::{Choice, KernelLaunch, Plan, Problem, Resident};
+use super::resident::even_teams;
 use crate::error::{OLDEST_ARCHITECTURE, Result, Unavailable};
 
 /// Plans kept per context. A program that meets more shapes than this plans some of them again.
@@ -22,6 +23,9 @@ const PLANS_KEPT: usize = 1024;
 
 /// Blocks of a cluster that every device with clusters allows.
 const LARGEST_PORTABLE_CLUSTER: u32 = 8;
+
+/// Bytes per second, of a device whose driver does not say: some share the host's memory.
+const UNKNOWN_BANDWIDTH: u64 = 250_000_000_000;
 
 /// What compiling and loading kernels has cost so far in a context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -111,7 +115,7 @@ impl Device {
             return Ok(prepared.clone());
         }
         let mut prepared = self.load_plan(problem, choice)?;
-        if !self.can_run(&prepared)? {
+        if !self.fit(&mut prepared)? {
             prepared = self.load_plan(problem, &Choice::GENERAL)?;
         }
         let prepared = Arc::new(prepared);
@@ -133,40 +137,38 @@ impl Device {
         Ok(Prepared { plan, functions })
     }
 
-    /// Whether blocks that wait for each other can run at the same time. Plans go by the device's limits, but only the driver
-    /// knows how its multiprocessors are grouped, and what of it is left to this program.
-    fn can_run(&self, prepared: &Prepared) -> Result<bool> {
-        for (launch, function) in prepared.plan.kernels.iter().zip(&prepared.functions) {
-            let Some(resident) = &launch.instantiation.resident else {
+    /// Teams of a resident launch that run at the same time. Plans go by the device's limits, but only the driver knows how
+    /// its multiprocessors are grouped, and what of it is left to this program.
+    fn running_teams(&self, launch: &KernelLaunch, function: &CudaFunction, resident: &Resident) -> Result<u64> {
+        let shared = launch.shared_bytes as usize;
+        let teams = self.context.bind_to_thread().and_then(|()| {
+            if resident.team.cluster() > 1 {
+                let stream = self.context.default_stream();
+                return function
+                    .occupancy_max_active_clusters(launch.config(), &stream)
+                    .map(u64::from);
+            }
+            function
+                .occupancy_max_active_blocks_per_multiprocessor(launch.block(), shared, None)
+                .map(|blocks| u64::from(blocks) * u64::from(self.limits.multiprocessors) / launch.tiling.splits)
+        });
+        teams.map_err(|error| driver_error("asking how many blocks run at a time", error))
+    }
+
+    /// Launches as many teams as run at the same time: more would begin when the others are done with all of their strips.
+    /// Whether there is room for one at all.
+    fn fit(&self, prepared: &mut Prepared) -> Result<bool> {
+        for (launch, function) in prepared.plan.kernels.iter_mut().zip(&prepared.functions) {
+            let Some(resident) = launch.instantiation.resident else {
                 continue;
             };
-            let asked = "asking how many blocks run at a time";
-            let fits = if resident.team.cluster() > 1 {
-                self.context
-                    .bind_to_thread()
-                    .and_then(|()| {
-                        function.occupancy_max_active_clusters(launch.config(), &self.context.default_stream())
-                    })
-                    .map(|clusters| clusters >= 1)
-            } else {
-                let shared = launch.shared_bytes as usize;
-                self.context
-                    .bind_to_thread()
-                    .and_then(|()| {
-                        function.occupancy_max_active_blocks_per_multiprocessor(launch.block(), shared, None)
-                    })
-                    .map(|blocks| {
-                        let running = u64::from(blocks) * u64::from(self.limits.multiprocessors);
-                        running
-                            >= if launch.is_cooperative() {
-                                u64::from(launch.grid)
-                            } else {
-                                1
-                            }
-                    })
-            };
-            if !fits.map_err(|error| driver_error(asked, error))? {
+            let running = self.running_teams(launch, function, &resident)?;
+            if running == 0 {
                 return Ok(false);
+            }
+            let teams = u64::from(launch.grid) / launch.tiling.splits;
+            if running < teams {
+                launch.grid = (even_teams(launch.tiling.strips, running) * launch.tiling.splits) as u32;
             }
         }
         Ok(true)
@@ -229,10 +231,17 @@ impl Device {
     /// allows.
     fn allow_resident(&self, function: &CudaFunction, resident: &Resident) -> Result<()> {
         let shared = self.limits.shared_memory_per_block as i32;
-        let mut attributes = vec![(
-            FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-            shared,
-        )];
+        let mut attributes = vec![
+            (
+                FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                shared,
+            ),
+            // Percent of a multiprocessor's own memory that is shared memory and not cache.
+            (
+                FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                100,
+            ),
+        ];
         if resident.team.cluster() > LARGEST_PORTABLE_CLUSTER {
             attributes.push((
                 FunctionAttribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
@@ -280,7 +289,10 @@ fn read_limits(context: &Arc<CudaContext>) -> Result<DeviceLimits> {
         blocks_per_multiprocessor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR)?,
         largest_cluster: largest_cluster(architecture, clusters),
         cooperative_launch: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH)? != 0,
-        memory_bandwidth: 2 * memory_clock * memory_bus,
+        memory_bandwidth: match 2 * memory_clock * memory_bus {
+            0 => UNKNOWN_BANDWIDTH,
+            known => known,
+        },
         l2_cache: u64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?),
         grid: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X)?,
     })

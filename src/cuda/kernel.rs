@@ -115,13 +115,14 @@ impl Kernel {
         dtype: Dtype,
         walk: Walk,
         vector: u32,
+        wide_index: bool,
         epilogue: Epilogue,
         batch_statistics: bool,
     ) -> Vec<(u32, u32, Option<Resident>)> {
         let tensors_read = self.tensors_read(epilogue, batch_statistics);
         match self {
             Kernel::ResidentForward | Kernel::ResidentBackward => {
-                let variants = resident::variants(self, dtype, walk, vector);
+                let variants = resident::variants(dtype, walk, vector, wide_index);
                 let unroll = resident::unroll(tensors_read);
                 variants
                     .map(|(threads, resident)| (threads, unroll, Some(resident)))
@@ -186,24 +187,23 @@ impl Instantiation {
             }
             for (epilogue, stores_gradient, batch_statistics) in kernel.variants() {
                 for dtype in Dtype::ALL {
-                    for (walk, vector) in walks(dtype) {
-                        for (threads, unroll, resident) in
-                            kernel.launches(dtype, walk, vector, epilogue, batch_statistics)
-                        {
-                            all.extend([false, true].map(|wide_index| Instantiation {
-                                kernel,
-                                dtype,
-                                walk,
-                                vector,
-                                unroll,
-                                threads,
-                                wide_index,
-                                epilogue,
-                                stores_gradient,
-                                batch_statistics,
-                                resident,
-                            }));
-                        }
+                    for ((walk, vector), wide_index) in
+                        walks(dtype).flat_map(|walk| [false, true].map(|wide_index| (walk, wide_index)))
+                    {
+                        let launches = kernel.launches(dtype, walk, vector, wide_index, epilogue, batch_statistics);
+                        all.extend(launches.into_iter().map(|(threads, unroll, resident)| Instantiation {
+                            kernel,
+                            dtype,
+                            walk,
+                            vector,
+                            unroll,
+                            threads,
+                            wide_index,
+                            epilogue,
+                            stores_gradient,
+                            batch_statistics,
+                            resident,
+                        }));
                     }
                 }
             }

@@ -113,6 +113,20 @@ impl Cuda {
         &self.choice
     }
 
+    /// What will run for a problem on this device, as its kernels are loaded: compiles and loads them.
+    ///
+    /// It is the plan of the choice, but for what only the driver knows: where it has no room for as many blocks at a time
+    /// as the plan asks for, there are fewer teams, or the general path is taken.
+    ///
+    /// # Errors
+    /// As [`Plan::new`](plan::Plan::new); a kernel that does not compile; the driver's.
+    pub fn plan(&self, problem: &Problem) -> Result<plan::Plan> {
+        let problem = problem.canonical();
+        self.device
+            .prepare(&problem, &self.choice)
+            .map(|prepared| prepared.plan.clone())
+    }
+
     /// The stream that everything is launched on.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream

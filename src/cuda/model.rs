@@ -33,18 +33,31 @@ fn rate(multiprocessors: u64, limits: &DeviceLimits, costs: &Costs) -> f64 {
 fn general_time(launch: &KernelLaunch, cached: bool, limits: &DeviceLimits, costs: &Costs) -> f64 {
     let instantiation = &launch.instantiation;
     let busy = u64::from(launch.grid).min(u64::from(limits.multiprocessors));
-    let Traffic { read, written, tensors } = launch.traffic;
+    let Traffic { read, written, .. } = launch.traffic;
     let reading = read as f64 / if cached { costs.cache_speedup } else { 1.0 };
     let moving = (reading + written as f64) / rate(busy, limits, costs);
-    // Half of what a pass does with an element, for every tensor that is moved.
-    let elements = tensors as f64 / instantiation.dtype.size() as f64 / 2.0;
-    let threads = f64::from(THREADS_PER_MULTIPROCESSOR).max(f64::from(launch.block()));
-    let work = elements / busy as f64 / costs.elements_rate / 2.0 / (threads / costs.threads_that_fill).min(1.0);
+    let elements = (launch.tiling.outer * launch.tiling.stride) as f64;
+    let threads = f64::from(THREADS_PER_MULTIPROCESSOR.max(launch.block()));
+    let full = (threads / costs.threads_that_fill).min(1.0);
+    let work = elements * arithmetic(instantiation.kernel) / costs.elements_rate / busy as f64 / full;
     let exchange = match instantiation.kernel {
         Kernel::Statistics | Kernel::BackwardReduce => costs.block_exchange,
         _ => 0.0,
     };
     costs.launch + costs.latency + exchange + moving.max(work)
+}
+
+/// What a kernel does with an element of x, in units of what a forward pass does: by the instructions of the compiled kernels
+/// (21 of a forward pass in f16, 35 of a backward one).
+fn arithmetic(kernel: Kernel) -> f64 {
+    match kernel {
+        Kernel::Statistics => 0.6,
+        Kernel::Apply => 0.4,
+        Kernel::BackwardReduce => 1.0,
+        Kernel::BackwardApply => 0.65,
+        Kernel::ResidentBackward => 1.65,
+        _ => 1.0,
+    }
 }
 
 /// Threads that share a multiprocessor where two blocks of 256 do, for which the general kernels are compiled.
@@ -66,14 +79,16 @@ fn resident_time(launch: &KernelLaunch, resident: &Resident, limits: &DeviceLimi
         Team::Cluster(_) => costs.cluster_exchange + blocks * costs.cluster_exchange_per_block,
         Team::Grid => costs.grid_exchange + blocks * costs.grid_exchange_per_block,
     };
-    let work = chip_time(launch, resident, costs) * neighbours as f64;
+    let threads = neighbours as f64 * f64::from(launch.block());
+    let busy = (threads / costs.threads_that_fill).min(1.0);
+    let work = chip_time(launch, resident, costs) * neighbours as f64 / busy;
     let agreeing = costs.latency + exchange;
     let cooperative = if resident.team == Team::Grid {
         costs.cooperative
     } else {
         0.0
     };
-    let overlapped = neighbours > 1 || resident.stages > 1;
+    let overlapped = rounds > 1.0 && (neighbours > 1 || resident.stages > 1);
     let strips = if overlapped {
         moving.max(rounds * (work + exchange)) + agreeing + work / 2.0
     } else {
@@ -83,24 +98,23 @@ fn resident_time(launch: &KernelLaunch, resident: &Resident, limits: &DeviceLimi
     costs.launch + cooperative + strips
 }
 
-/// Nanoseconds that a block needs for the arithmetic of one strip, alone on its multiprocessor.
+/// Nanoseconds that a block needs for the arithmetic of one strip, alone on its multiprocessor, if it had all the threads
+/// that keep that busy.
 fn chip_time(launch: &KernelLaunch, resident: &Resident, costs: &Costs) -> f64 {
     let (tiling, instantiation) = (&launch.tiling, &launch.instantiation);
-    let tensors = match instantiation.kernel {
-        Kernel::ResidentBackward => 2,
-        _ => 1,
+    let held = match instantiation.kernel {
+        Kernel::ResidentBackward => 2.0,
+        _ => 1.0,
     };
-    let vectors = (tiling.share * tiling.width * tensors) as f64;
-    let elements = vectors * f64::from(instantiation.vector);
+    let vectors = (tiling.share * tiling.width) as f64;
+    let elements = vectors * f64::from(instantiation.vector) * arithmetic(instantiation.kernel);
     // A vector is loaded from the chip twice; a thread that copies it spends a third instruction.
     let (accesses, starting) = if resident.bulk {
         (2.0, bulk_copies(launch) as f64 * costs.bulk_copy)
     } else {
         (3.0, 0.0)
     };
-    let threads = u64::from(instantiation.threads) * u64::from(resident.blocks);
-    let busy = (threads as f64 / costs.threads_that_fill).min(1.0);
-    (elements / costs.elements_rate + vectors * accesses / costs.vectors_rate) / busy + starting
+    elements / costs.elements_rate + held * vectors * accesses / costs.vectors_rate + starting
 }
 
 /// Bulk copies that a block starts for one strip and tensor: one for each row that its share touches.

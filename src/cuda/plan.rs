@@ -301,7 +301,7 @@ impl std::ops::Add for Traffic {
 }
 
 /// Which of the legal ways to run a pass may be taken: the default is any. Of those that fit, the one with the smallest
-/// modelled time is.
+/// modelled time is; the general path, which moves more bytes, only where the model holds it to be clearly faster.
 ///
 /// A pass that has no resident candidate which fits takes the general path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -585,7 +585,7 @@ impl Planner<'_> {
             .unwrap_or_default()
     }
 
-    /// The fastest resident candidate, unless the general path is faster.
+    /// The fastest resident candidate, unless the general path is faster by a margin.
     ///
     /// Decided for the pass with everything wanted: so all passes of one operation and shape take the same path, come by the
     /// same bits, and find their room in one workspace.
@@ -616,7 +616,7 @@ impl Planner<'_> {
             .filter(|candidate| choice.allows(candidate))
             .map(|candidate| (time(&[planner.resident(&candidate)]), candidate))
             .min_by(|(one, _), (other, _)| one.total_cmp(other));
-        best.filter(|(resident, _)| choice.resident || *resident <= time(&planner.general()))
+        best.filter(|(resident, _)| choice.resident || *resident * tuning::GENERAL_MARGIN <= time(&planner.general()))
             .map(|(_, candidate)| candidate)
     }
 
@@ -946,7 +946,7 @@ impl Counts {
     }
 
     /// Every block reads the pivots, weights and biases of its strips; one block of each team writes what is saved, moves
-    /// the running statistics, and is counted; the last one counts the batch and resets the counter.
+    /// the running statistics, and for a cumulative average counts itself; the batch is counted once.
     fn resident_forward(&mut self, problem: &Problem, tiling: &Tiling) {
         self.read_tensors(1 + u64::from(problem.epilogue == Epilogue::AddRelu));
         self.write_tensors(1);
@@ -954,11 +954,12 @@ impl Counts {
         self.read += tiling.channels * tiling.splits * (problem.dtype.size() as u64 + parameters);
         self.written += tiling.channels * 3 * self.real;
         if problem.tracking != Tracking::None {
-            self.read += tiling.channels * 2 * self.real + tiling.strips * ARRIVED_BYTES + COUNTER_BYTES;
-            self.written += tiling.channels * 2 * self.real + (tiling.strips + 1) * ARRIVED_BYTES + COUNTER_BYTES;
+            self.read += tiling.channels * 2 * self.real + COUNTER_BYTES;
+            self.written += tiling.channels * 2 * self.real + COUNTER_BYTES;
         }
         if problem.tracking == Tracking::CumulativeAverage {
-            self.read += tiling.channels * COUNTER_BYTES;
+            self.read += tiling.channels * COUNTER_BYTES + tiling.strips * ARRIVED_BYTES;
+            self.written += (tiling.strips + 1) * ARRIVED_BYTES;
         }
     }
 

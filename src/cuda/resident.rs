@@ -73,7 +73,7 @@ pub struct Resident {
     pub stages: u32,
     /// Whether strips are copied by bulk copies, rather than by each thread for itself.
     pub bulk: bool,
-    /// Blocks that share a multiprocessor, as far as registers go.
+    /// Blocks that share a multiprocessor as far as registers go: the launch bound. A plan may have room for fewer.
     pub blocks: u32,
 }
 
@@ -151,18 +151,17 @@ pub(super) fn unroll(tensors_read: u64) -> u32 {
 
 /// Block sizes and constants that a kernel with this walk is compiled for.
 pub(super) fn variants(
-    _kernel: Kernel,
     dtype: Dtype,
     walk: Walk,
     vector: u32,
+    wide_index: bool,
 ) -> impl Iterator<Item = (u32, Resident)> {
     let clusters = CLUSTER_SIZES.map(Team::Cluster);
     let bytes = u64::from(vector) * dtype.size() as u64;
-    let vectors = RESIDENT_VECTOR_BYTES.contains(&bytes) || bytes < VECTOR_BYTES;
     let block_sizes = RESIDENT_BLOCK_SIZES
         .into_iter()
-        .filter(move |_| dtype != Dtype::F64 && vectors)
-        .filter_map(move |threads| Some((threads, blocks(walk, threads)?)));
+        .filter(move |_| dtype != Dtype::F64)
+        .filter_map(move |threads| Some((threads, blocks(walk, wide_index, threads)?)));
     block_sizes.flat_map(move |(threads, blocks)| {
         let teams = [Team::Block, Team::Grid].into_iter().chain(clusters);
         teams.flat_map(move |team| {
@@ -190,10 +189,10 @@ fn copies(walk: Walk, vector_bytes: u64) -> impl Iterator<Item = (u32, bool)> {
 }
 
 /// Blocks of this size that share a multiprocessor, as far as registers go.
-fn blocks(walk: Walk, threads: u64) -> Option<u32> {
+fn blocks(walk: Walk, wide_index: bool, threads: u64) -> Option<u32> {
     let most = match walk {
-        Walk::Planes => RESIDENT_THREADS_PLANES,
-        Walk::Columns | Walk::PlanesWithEdges => RESIDENT_THREADS_OTHERS,
+        Walk::Planes if !wide_index => RESIDENT_THREADS_PLANES,
+        _ => RESIDENT_THREADS_OTHERS,
     };
     (threads <= most).then_some((most / threads) as u32)
 }
@@ -212,7 +211,8 @@ pub(super) fn candidates(
     }
     for threads in RESIDENT_BLOCK_SIZES {
         for cut in cuts(shape, dtype, alignment, threads) {
-            let Some(blocks) = blocks(cut.walk, threads) else {
+            let wide_index = tiling::needs_wide_index(&cut.tiling, cut.vector);
+            let Some(blocks) = blocks(cut.walk, wide_index, threads) else {
                 continue;
             };
             for (stages, bulk) in copies(cut.walk, cut.vector * dtype.size() as u64) {
@@ -221,6 +221,7 @@ pub(super) fn candidates(
                 }
                 let chip = Chip {
                     cut,
+                    blocks: u64::from(blocks),
                     dtype,
                     threads,
                     stages: u64::from(stages),
@@ -282,6 +283,8 @@ fn cuts(shape: Shape, dtype: Dtype, alignment: Alignment, threads: u64) -> Vec<C
 /// What fits a device's shared memory, for one cut and one way of copying.
 struct Chip<'a> {
     cut: Cut,
+    /// Blocks of a multiprocessor, as far as registers go.
+    blocks: u64,
     dtype: Dtype,
     threads: u64,
     stages: u64,
@@ -335,9 +338,8 @@ impl Chip<'_> {
     /// Blocks that fit a multiprocessor as far as registers, threads and the device's own limit go.
     fn most_blocks(&self) -> u64 {
         let limits = self.limits;
-        let by_registers = u64::from(blocks(self.cut.walk, self.threads).unwrap_or(0));
         let by_threads = u64::from(limits.threads_per_multiprocessor) / self.threads;
-        by_registers
+        self.blocks
             .min(by_threads)
             .min(u64::from(limits.blocks_per_multiprocessor))
     }
@@ -384,7 +386,7 @@ impl Chip<'_> {
 }
 
 /// As many teams as needed for every one of them to take as many strips as the busiest of `most` would have to.
-fn even_teams(strips: u64, most: u64) -> u64 {
+pub(super) fn even_teams(strips: u64, most: u64) -> u64 {
     strips.div_ceil(strips.div_ceil(most.min(strips)))
 }
 

@@ -48,6 +48,10 @@ pub(super) const RESIDENT_COLUMN_VECTORS: [u64; 2] = [4, 8];
 /// Bytes of a vector.
 pub(super) const RESIDENT_VECTOR_BYTES: [u64; 2] = [16, 8];
 
+/// The general path is taken where its modelled time is less than this part of the best resident one: it moves more bytes,
+/// and the model is no measurement.
+pub(super) const GENERAL_MARGIN: f64 = 0.75;
+
 // ---- what things cost, in nanoseconds and bytes ------------------------------------------------------------------------
 
 /// What a modelled time is made of.
@@ -134,7 +138,7 @@ pub(super) const COSTS: Costs = Costs {
     grid_exchange: 2500.0,
     grid_exchange_per_block: 8.0,
     bulk_copy: 8.0,
-    elements_rate: 20.0,
+    elements_rate: 8.0,
     vectors_rate: 14.0,
     threads_that_fill: 768.0,
     cached_part: 1.0 / 3.0,
