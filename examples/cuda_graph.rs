@@ -181,18 +181,19 @@ impl Training {
     }
 
     /// Everything that a step gives, as bits.
-    fn results(&self) -> Result<(Vec<u16>, Vec<u16>, Vec<u32>, Vec<u32>)> {
-        let half = |buffer: &CudaSlice<f16>| -> Result<Vec<u16>> {
-            Ok(self.device.read(buffer)?.into_iter().map(f16::to_bits).collect())
-        };
-        let single = |buffer: &CudaSlice<f32>| -> Result<Vec<u32>> {
-            Ok(self.device.read(buffer)?.into_iter().map(f32::to_bits).collect())
-        };
-        Ok((
-            half(&self.y)?,
-            half(&self.dx)?,
-            single(&self.gradients.weight)?,
-            single(&self.gradients.bias)?,
-        ))
+    fn results(&self) -> Result<Vec<u32>> {
+        let mut bits = Vec::new();
+        for tensor in [&self.y, &self.dx] {
+            bits.extend(
+                self.device
+                    .read(tensor)?
+                    .into_iter()
+                    .map(|value| u32::from(value.to_bits())),
+            );
+        }
+        for vector in [&self.gradients.weight, &self.gradients.bias] {
+            bits.extend(self.device.read(vector)?.into_iter().map(f32::to_bits));
+        }
+        Ok(bits)
     }
 }
