@@ -44,7 +44,7 @@ fn device() -> Cuda {
 fn resident_shapes() -> [Shape; 3] {
     [
         Shape::nchw(4, 14, 4, 8),
-        Shape::nchw(8, 30, 3, 3),
+        Shape::nchw(8, 32, 3, 3),
         Shape::nchw(3, 40, 2, 5).channels_last(),
     ]
 }
