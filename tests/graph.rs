@@ -7,6 +7,7 @@ mod common;
 
 use std::sync::Arc;
 
+use batchnorm_cuda::cuda::plan::{Choice, Team};
 use batchnorm_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use batchnorm_cuda::cudarc::driver::{CudaContext, CudaGraph, CudaSlice};
 use batchnorm_cuda::half::f16;
@@ -122,9 +123,15 @@ fn shapes() -> [Shape; 2] {
 #[test]
 fn replayed_graph_goes_on_training() {
     let context = context_without_events();
-    for shape in shapes() {
-        let mut replayed = Training::new(&on_own_stream(&context), shape);
-        let mut direct = Training::new(&on_own_stream(&context), shape);
+    let cluster = Choice::resident(Some(Team::Cluster(2)));
+    let grid = Choice::resident(Some(Team::Grid));
+    let choices = [Choice::default(), Choice::GENERAL, cluster, grid];
+    for (shape, choice) in shapes()
+        .into_iter()
+        .flat_map(|shape| choices.map(|choice| (shape, choice)))
+    {
+        let mut replayed = Training::new(&on_own_stream(&context).with_choice(choice), shape);
+        let mut direct = Training::new(&on_own_stream(&context).with_choice(choice), shape);
         replayed.step().unwrap();
         direct.step().unwrap();
 

@@ -68,6 +68,33 @@ fn modules_on_threads_and_streams<B: Device>(device: &B) {
     of::<B, bf16>(device);
 }
 
+/// Clusters and grid teams of several threads side by side.
+#[cfg(target_os = "linux")]
+mod on_cuda_resident {
+    use batchnorm_cuda::Cuda;
+    use batchnorm_cuda::cuda::plan::{Choice, Team};
+
+    /// On the stand-in a device with few blocks, each of whose threads costs the host something.
+    fn device() -> Cuda {
+        match super::common::driver() {
+            super::common::Driver::Real => super::common::cuda(),
+            super::common::Driver::StandIn => super::common::cuda_device(emulator::ordinal("small-100")),
+        }
+    }
+
+    #[test]
+    fn clusters_on_threads_and_streams() {
+        let choice = Choice::resident(Some(Team::Cluster(4)));
+        super::modules_on_threads_and_streams(&device().with_choice(choice));
+    }
+
+    #[test]
+    fn grids_on_threads_and_streams() {
+        let choice = Choice::resident(Some(Team::Grid));
+        super::modules_on_threads_and_streams(&device().with_choice(choice));
+    }
+}
+
 /// Through a shared reference; each thread has its own tensors.
 fn one_module_evaluates_on_many_threads<B: Device>(device: &B) {
     let shape = Shape::nchw(2, 12, 7, 9);

@@ -158,7 +158,7 @@ impl Device for Cuda {
     }
 
     fn with_own_stream(&self) -> Self {
-        on_own_stream(self.stream().context())
+        on_own_stream(self.stream().context()).with_choice(*self.choice())
     }
 
     fn address<T: Plain>(buffer: &CudaSlice<T>) -> u64 {
