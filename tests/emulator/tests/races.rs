@@ -325,7 +325,7 @@ fn global_memory_is_ordered_by_cluster_barriers() {
 fn a_buffer_is_not_copied_into_while_others_load_from_it() {
     let body = |between: &str| {
         format!(
-            "u64* const barrier = (u64*)(mine + 64);\nif (i == 0) mbarrier_init(barrier, 1);\nblock_barrier();\n\
+            "u64* const barrier = (u64*)(mine + 64);\nif (i == 0) mbarrier_init(barrier, 1);\nbulk_fence();\nblock_barrier();\n\
              for (u32 round = 0; round < 2; round++) {{\n\
                if (i == 0) {{ mbarrier_arrive(barrier, 256); bulk_copy(mine, arguments.a, 256, barrier); }}\n\
                mbarrier_wait(barrier, round);\nmine[63 - i] == 2.0f ? store<1>(arguments.a + i, Vector<float, 1>{{}}) : void();\n\
