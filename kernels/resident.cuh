@@ -8,10 +8,10 @@
 //   cluster   2 to 16 blocks, through distributed shared memory
 //   grid      a share of the blocks of a cooperative launch, through global memory
 //
-// Blocks 0 .. splits - 1 of the grid are the first team, and so on. A block has STAGES buffers: with two, the copies of
-// the next strip are under way while this one is worked on. They are bulk copies (BULK), one for each row that a
-// block's share touches, or copies that each thread makes for itself, which go everywhere: a thread then waits for no
-// one else, because it only ever touches what it has copied.
+// The grid has the teams in y and their blocks in x. A block has STAGES buffers: with two, the copies of the next strip
+// are under way while this one is worked on. They are bulk copies (BULK), one for each row that a block's share
+// touches, or copies that each thread makes for itself, which go everywhere: a thread then waits for no one else,
+// because it only ever touches what it has copied.
 #pragma once
 #include "normalise.cuh"
 #include "reduce.cuh"
@@ -189,7 +189,7 @@ DEVICE void reduce_over_team(const Chip<TENSORS, ROWS>& chip, const Tiling& tili
                        load_remote<1>(remote(first, rank), channel).lane[0],
                        load_remote<1>(remote(second, rank), channel).lane[0]);
   };
-  join<State>(tiling, task, (u32)tiling.splits, get, finish);
+  join<State>(tiling, task, CLUSTER, get, finish);
   cluster_arrive();
 #else
   const Index total = (Index)tiling.splits;  // the place behind those of the splits
@@ -227,9 +227,8 @@ DEVICE void leave_team(u32 laps) {
 template <int TENSORS, int ROWS, class Begin, class Work>
 DEVICE void for_each_strip(const Chip<TENSORS, ROWS>& chip, const Tiling& tiling,
                            const Element* const (&tensors)[TENSORS], Begin begin, Work work) {
-  const Index strips = (Index)tiling.strips, splits = (Index)tiling.splits;
-  const Index teams = gridDim.x / splits, split = blockIdx.x % splits;
-  Index strip = blockIdx.x / splits;
+  const Index strips = (Index)tiling.strips, teams = gridDim.y, split = TEAM == TEAM_BLOCK ? 0 : blockIdx.x;
+  Index strip = blockIdx.y;
   start_barriers(chip.barrier(0));
   if (strip < strips) start_copies(chip, tiling, Task(tiling, strip, split), tensors, 0);
   u32 lap = 0;

@@ -8,9 +8,9 @@
 // block and strip it reads the per-channel numbers of the forward pass; per channel it writes the gradients at weight
 // and bias if they are wanted. A grid team also writes and reads one partial result per channel and block.
 //
-// Called by the launcher of backward passes. Blocks of THREADS threads, a whole number of teams of `splits` blocks
-// each; shared memory as resident.cuh lays it out: x and dy are held, and behind a relu g takes the place of dy. dx may
-// lie over dy.
+// Called by the launcher of backward passes. Blocks of THREADS threads, `splits` of them in x and the teams in y;
+// shared memory as resident.cuh lays it out: x and dy are held, and behind a relu g takes the place of dy. dx may lie
+// over dy.
 #include "epilogue.cuh"
 #include "resident.cuh"
 #include "sums.cuh"
@@ -47,24 +47,23 @@ DEVICE void find_sums(const Arguments& arguments, const Task& task, const Backwa
   ThreadSums found;
   while (!walk.done()) {
     Span spans[UNROLL];
-    Pack x[UNROLL], y[UNROLL], dy[UNROLL];
+    Pack y[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
       spans[u] = walk.next();
-      x[u] = take(chip.buffer(stage, 0), spans[u]);
-      dy[u] = take(gradients, spans[u]);
       if (HAS_RESIDUAL) y[u] = load_span<LastUse>(arguments.y, spans[u]);
     }
     found.begin_chunk();
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
+      const Pack x = take(chip.buffer(stage, 0), spans[u]), dy = take(gradients, spans[u]);
       Pack passed;
 #pragma unroll
       for (int e = 0; e < VECTOR; e++) {
         const Element seen =
-            HAS_RESIDUAL ? y[u].lane[e] : forward_epilogue(normaliser.normalised(x[u].lane[e], e), Element());
-        const Real g = owns(spans[u], e) ? backward_epilogue(to_real(dy[u].lane[e]), seen) : Real(0);
-        const Real distance = owns(spans[u], e) ? normaliser.centred(x[u].lane[e], e) : Real(0);
+            HAS_RESIDUAL ? y[u].lane[e] : forward_epilogue(normaliser.normalised(x.lane[e], e), Element());
+        const Real g = owns(spans[u], e) ? backward_epilogue(to_real(dy.lane[e]), seen) : Real(0);
+        const Real distance = owns(spans[u], e) ? normaliser.centred(x.lane[e], e) : Real(0);
         found.add(e, g, distance);
         from_real(g, passed.lane[e]);
       }

@@ -5,8 +5,8 @@
 // channels' first elements, weights and biases; per channel it writes pivot, mean_offset and invstd, and moves the
 // running statistics. A grid team also writes and reads one partial result per channel and block.
 //
-// Called by the launcher of forward passes. Blocks of THREADS threads, a whole number of teams of `splits` blocks each;
-// shared memory as resident.cuh lays it out. y may lie over x.
+// Called by the launcher of forward passes. Blocks of THREADS threads, `splits` of them in x and the teams in y; shared
+// memory as resident.cuh lays it out. y may lie over x.
 #include "epilogue.cuh"
 #include "resident.cuh"
 #include "running.cuh"
@@ -93,19 +93,19 @@ DEVICE void normalise(const Arguments& arguments, const Task& task, const Forwar
   const Normaliser normaliser(chip.staged(), arguments.tiling, task, walk);
   while (!walk.done()) {
     Span spans[UNROLL];
-    Pack x[UNROLL], z[UNROLL];
+    Pack z[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
       spans[u] = walk.next();
-      x[u] = take(chip.buffer(stage, 0), spans[u]);
       if (HAS_RESIDUAL) z[u] = load_span<LastUse>(arguments.z, spans[u]);
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
+      const Pack x = take(chip.buffer(stage, 0), spans[u]);
       Pack y;
 #pragma unroll
       for (int e = 0; e < VECTOR; e++)
-        y.lane[e] = forward_epilogue(normaliser.normalised(x[u].lane[e], e), HAS_RESIDUAL ? z[u].lane[e] : Element());
+        y.lane[e] = forward_epilogue(normaliser.normalised(x.lane[e], e), HAS_RESIDUAL ? z[u].lane[e] : Element());
       store_span(arguments.y, spans[u], y);
     }
   }

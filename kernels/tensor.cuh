@@ -130,20 +130,20 @@ struct Walk {
 
 // A thread's way through a task: every THREADS-th vector of the channel's planes.
 struct Walk {
-  Index vector, end;             // of the channel
+  Index place, places;           // of the share
   Index slot, slots, slot_step;  // in the plane
   Index origin, origin_step, stride;
   Index inner;
-  u32 base, place;
+  u32 base;
 
   DEVICE Walk(const Tiling& tiling, const Task& task, const Element* tensor) {
     slots = (Index)tiling.slots;
     stride = (Index)tiling.stride;
     inner = (Index)tiling.inner;
     const Share share(tiling, task);
-    end = share.end;
-    vector = share.begin + threadIdx.x;
     place = threadIdx.x;
+    places = share.end - share.begin;
+    const Index vector = share.begin + place;  // of the channel
     slot = vector % slots;
     origin = vector / slots * stride + task.channel * inner;
     slot_step = THREADS % slots;
@@ -151,7 +151,7 @@ struct Walk {
     base = (u32)((u64)tensor / sizeof(Element));
   }
 
-  DEVICE bool done() const { return vector >= end; }
+  DEVICE bool done() const { return place >= places; }
 
   DEVICE Span next() {
     Span span;
@@ -163,15 +163,14 @@ struct Walk {
     const Index plane_end = inner + phase;
     span.first = begin < phase ? (u32)(phase - begin) : 0u;
     span.last = begin + VECTOR <= plane_end ? (u32)VECTOR : begin < plane_end ? (u32)(plane_end - begin) : 0u;
-    if (vector >= end) span.last = 0;
+    if (done()) span.last = 0;
 #else
     span.offset = origin + slot * VECTOR;
     span.first = 0;
-    span.last = vector < end ? (u32)VECTOR : 0u;
+    span.last = done() ? 0u : (u32)VECTOR;
 #endif
-    span.place = place;
+    span.place = (u32)place;
     place += THREADS;
-    vector += THREADS;
     slot += slot_step;
     origin += origin_step;
     if (slot >= slots) {

@@ -519,8 +519,13 @@ impl Cuda {
 impl KernelLaunch {
     /// The same in `cudarc`'s terms.
     pub(super) fn config(&self) -> LaunchConfig {
+        // A resident kernel finds its team in y and its place in the team in x; a cluster lies along x.
+        let teams = match self.instantiation.resident {
+            Some(_) => self.grid / self.tiling.splits as u32,
+            None => 1,
+        };
         LaunchConfig {
-            grid_dim: (self.grid, 1, 1),
+            grid_dim: (self.grid / teams, teams, 1),
             block_dim: (self.block(), 1, 1),
             shared_mem_bytes: self.shared_bytes,
         }
