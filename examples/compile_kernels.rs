@@ -5,12 +5,14 @@
 //! What a plan can ask for is more than one compiles every day, and most of it differs by constants alone. So `--select`
 //! takes the instantiations of `scripts/kernel-report`'s table (`table`), these and the same in bf16 and f64 (`usual`), or all of them
 //! (`all`); and for the architectures named by `--thorough` there are also every vector width, block size and index width of
-//! the general kernels, and every team and way of copying of the resident ones. Prints, for each architecture, how many
-//! instantiations were compiled, their bytes and the time. Ends with an error if one of them does not compile.
+//! the general kernels, and every team and way of copying of the resident ones; `--one-in 8` takes every eighth of those.
+//! Prints, for each architecture, how many instantiations were compiled, their bytes and the time. Ends with an error if one
+//! of them does not compile.
 //!
 //! `--save FOLDER` keeps the machine code, and beside it `index.json`, which says what each file is and how long NVRTC took:
 //! `scripts/kernel-report` reads them. Of a small sample, which is to be looked at by more tools, it keeps PTX too.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -37,6 +39,9 @@ struct Arguments {
     /// Those of the architectures that every block size and index width is compiled for.
     #[arg(long, value_delimiter = ',')]
     thorough: Vec<u32>,
+    /// How many of what a thorough architecture has beside the others: all, or every N-th.
+    #[arg(long, default_value = "1")]
+    one_in: NonZeroUsize,
     /// Where to keep what was compiled.
     #[arg(long)]
     save: Option<PathBuf>,
@@ -101,11 +106,14 @@ fn main() -> Result<ExitCode> {
     let mut index = Vec::new();
     for &architecture in &arguments.architectures {
         let thorough = arguments.thorough.contains(&architecture);
-        let instantiations: Vec<Instantiation> = Instantiation::all()
+        let (mut instantiations, others): (Vec<Instantiation>, Vec<Instantiation>) = Instantiation::all()
             .into_iter()
             .filter(|one| one.runs_on(architecture))
-            .filter(|one| arguments.select.takes(one) || (thorough && is_thorough(one)))
-            .collect();
+            .partition(|one| arguments.select.takes(one));
+        if thorough {
+            let others = others.into_iter().filter(is_thorough);
+            instantiations.extend(others.step_by(arguments.one_in.get()));
+        }
         let folder = arguments
             .save
             .as_ref()
