@@ -29,7 +29,8 @@ impl Burn {
         let module = |device: &Device| {
             let vector = |values: &[f32]| {
                 let data = TensorData::new(values.to_vec(), [shape.channels]);
-                Param::from_tensor(Tensor::<1>::from_data(data, device).require_grad())
+                let tensor = Tensor::<1>::from_data(data, device);
+                Param::from_tensor(if device.is_autodiff() { tensor.require_grad() } else { tensor })
             };
             let mut module = BatchNormConfig::new(shape.channels).with_epsilon(EPS).init(device);
             module.gamma = vector(&inputs.weight);
