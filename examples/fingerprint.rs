@@ -64,7 +64,7 @@ impl Arguments {
 /// Elements of the largest tensor that `--small` takes.
 const SMALL: usize = 8192;
 
-const SHAPES: [Shape; 7] = [
+const SHAPES: [Shape; 9] = [
     Shape::nchw(4, 3, 8, 16),                    // planes
     Shape::nchw(3, 2, 9, 13),                    // planes with edges
     Shape::nchw(6, 16, 7, 7),                    // columns of planes
@@ -72,6 +72,8 @@ const SHAPES: [Shape; 7] = [
     Shape::nchw(5, 3, 4, 3).channels_last(),     // one element at a time
     Shape::nchw(40, 2, 32, 32),                  // planes in several splits
     Shape::nchw(24, 24, 16, 16).channels_last(), // columns in several splits
+    Shape::nchw(2, 1200, 8, 8),                  // more planes than teams of one block
+    Shape::nchw(4, 600, 7, 7),                   // more groups of planes than teams of a cluster
 ];
 
 /// The general path, and every team, by turns with both ways of copying.

@@ -30,7 +30,8 @@ impl Burn {
             let vector = |values: &[f32]| {
                 let data = TensorData::new(values.to_vec(), [shape.channels]);
                 let tensor = Tensor::<1>::from_data(data, device);
-                Param::from_tensor(if device.is_autodiff() { tensor.require_grad() } else { tensor })
+                let differentiated = device.is_autodiff();
+                Param::from_tensor(if differentiated { tensor.require_grad() } else { tensor })
             };
             let mut module = BatchNormConfig::new(shape.channels).with_epsilon(EPS).init(device);
             module.gamma = vector(&inputs.weight);
