@@ -67,7 +67,12 @@ fn assert_as_planned(cuda: &Cuda, problem: &Problem) {
     assert_eq!(counted.len(), plan.kernels.len(), "{plan}");
     for (launch, planned) in counted.iter().zip(&plan.kernels) {
         assert_eq!(launch.kernel, planned.instantiation.kernel.name(), "{plan}");
-        assert_eq!(launch.grid, [planned.grid, 1, 1], "{plan}");
+        // A resident kernel has its teams in y, and the blocks of a team in x.
+        let teams = match planned.instantiation.resident {
+            Some(_) => planned.grid / planned.tiling.splits as u32,
+            None => 1,
+        };
+        assert_eq!(launch.grid, [planned.grid / teams, teams, 1], "{plan}");
         assert_eq!(launch.block, [planned.block(), 1, 1], "{plan}");
         assert_eq!(launch.shared_bytes, planned.shared_bytes, "{plan}");
         assert_eq!(launch.cooperative, planned.is_cooperative(), "{plan}");
