@@ -53,7 +53,11 @@ pub(super) fn forward<T: Element>(simd: Simd, threads_from: usize, pass: Forward
             (statistics, Some(batch))
         }
     };
-    let geometry = Geometry::new(pass.shape);
+    let geometry = if batch.is_some() {
+        Geometry::new(pass.shape)
+    } else {
+        Geometry::elementwise(pass.shape)
+    };
     let forward = Forward {
         simd,
         threads_from,

@@ -30,6 +30,9 @@ const CHUNKS_PER_PART: usize = 8;
 /// Elements of a group that has more channels than it needs to: 512 KB of `f32`, so that it stays in a core's cache.
 const GROUP: usize = 128 << 10;
 
+/// Elements of a task that needs no sums, in NCHW, about: 128 KB of `f32`.
+const ELEMENTWISE_TASK: usize = 32 << 10;
+
 /// A tensor cut into tasks.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Geometry {
@@ -80,6 +83,15 @@ impl Geometry {
             }
             Layout::Nchw => Geometry::Planar(Planar::new(shape.batch, shape.channels, plane)),
             Layout::Nhwc => Geometry::Interleaved(Interleaved::new(pixels, shape.channels)),
+        }
+    }
+
+    /// The same tensor cut for a pass without sums, whose tasks need not have much of one channel: what follows each other in
+    /// memory is together.
+    pub(super) fn elementwise(shape: Shape) -> Self {
+        match Geometry::new(shape) {
+            Geometry::Planar(planar) => Geometry::Planar(planar.elementwise()),
+            interleaved => interleaved,
         }
     }
 
@@ -193,13 +205,7 @@ pub(super) struct Planar {
 
 impl Planar {
     fn new(batch: usize, channels: usize, plane: usize) -> Self {
-        // Pieces of nearly one size, and whole vectors but for the last.
-        let pieces = plane.div_ceil(PLANAR_CHUNK);
-        let piece = if pieces == 1 {
-            plane
-        } else {
-            plane.div_ceil(pieces).next_multiple_of(4 * LANES)
-        };
+        let piece = Self::piece(plane, PLANAR_CHUNK);
         // Small planes are touched in the order of memory, so that pages and lines that they share are fetched once.
         let adjacent = (PLANAR_CHUNK / plane).min(GROUP / (batch * plane));
         Self {
@@ -210,6 +216,32 @@ impl Planar {
             images_per_chunk: (PLANAR_CHUNK / plane).clamp(1, batch),
             pieces: plane.div_ceil(piece),
             piece,
+        }
+    }
+
+    /// Pieces of nearly one size, at most about `most`, and whole vectors but for the last.
+    fn piece(plane: usize, most: usize) -> usize {
+        match plane.div_ceil(most) {
+            1 => plane,
+            pieces => plane.div_ceil(pieces).next_multiple_of(4 * LANES),
+        }
+    }
+
+    /// Cut into planes that follow each other, and images only if a task has all of their channels.
+    fn elementwise(self) -> Self {
+        let piece = Self::piece(self.plane, ELEMENTWISE_TASK);
+        let group = (ELEMENTWISE_TASK / self.plane).clamp(1, STRIP.min(self.channels));
+        let images = ELEMENTWISE_TASK / (self.plane * group);
+        Self {
+            group,
+            images_per_chunk: if group == self.channels {
+                images.clamp(1, self.batch)
+            } else {
+                1
+            },
+            pieces: self.plane.div_ceil(piece),
+            piece,
+            ..self
         }
     }
 

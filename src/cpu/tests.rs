@@ -105,10 +105,16 @@ fn elements_of(geometry: &Geometry, task: &Task) -> [Vec<(usize, usize)>; 2] {
     [summed, visited]
 }
 
+/// Every shape, cut in both ways.
+fn geometries() -> impl Iterator<Item = (Shape, Geometry)> {
+    shapes()
+        .into_iter()
+        .flat_map(|shape| [Geometry::new, Geometry::elementwise].map(|cut| (shape, cut(shape))))
+}
+
 #[test]
 fn tasks_have_every_element_once_with_its_channel() {
-    for shape in shapes() {
-        let geometry = Geometry::new(shape);
+    for (shape, geometry) in geometries() {
         assert_eq!(geometry.channels(), shape.channels);
         let mut count = vec![[0; 2]; len(shape)];
         for part in 0..geometry.parts() {
@@ -153,8 +159,7 @@ impl Visitor<f32> for Recorder {
 
 #[test]
 fn both_orders_visit_every_element_with_its_channel() {
-    for shape in shapes() {
-        let geometry = Geometry::new(shape);
+    for (shape, geometry) in geometries() {
         let expected: Vec<(usize, f32)> = (0..len(shape))
             .map(|index| (index, channel_of(shape, index) as f32))
             .collect();
