@@ -6,7 +6,7 @@
 //! This crate writes into the caller's buffer; the others allocate their results, as they are made to be used. `step` is a
 //! forward pass in training and the gradients at x, weight and bias. NCHW and `f32`, which all of them have.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use batchnorm_cuda::Shape;
 use clap::Parser;
@@ -14,6 +14,9 @@ use peers::{Inputs, Peer, on_cpu};
 use serde_json::json;
 
 const SHAPES: [[usize; 4]; 3] = [[32, 64, 56, 56], [32, 256, 14, 14], [8, 64, 112, 112]];
+
+/// How long each runs before it is timed.
+const WARM_UP: Duration = Duration::from_millis(40);
 
 /// Times the CPU backend beside candle's and burn's.
 #[derive(Parser)]
@@ -63,8 +66,12 @@ fn main() {
             let mut times = vec![Vec::new(); peers.len()];
             for _ in 0..rounds {
                 for (peer, times) in peers.iter_mut().zip(&mut times) {
-                    // Once untimed, so that each finds the caches and the allocator as it left them itself.
-                    run(peer.as_mut());
+                    // Untimed for a while, so that each finds the caches and the allocator as it left them itself, and cores
+                    // that were idle are at their speed.
+                    let start = Instant::now();
+                    while start.elapsed() < WARM_UP {
+                        run(peer.as_mut());
+                    }
                     let start = Instant::now();
                     run(peer.as_mut());
                     times.push(start.elapsed().as_secs_f64() * 1e3);
