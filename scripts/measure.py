@@ -49,9 +49,9 @@ def sizes(shape):
 
 
 def commit(root):
-    """The commit, and whether files differ from it."""
+    """The commit, and whether files differ from it, other than reports: one is being written."""
     git = lambda *words: subprocess.run(["git", *words], cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-    return git("rev-parse", "--short=10", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return git("rev-parse", "--short=10", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benches/results") else "")
 
 
 def processor():
