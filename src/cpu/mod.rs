@@ -46,7 +46,7 @@ impl Default for Cpu {
         // Below this, waking other threads takes longer than they save: 4 to 10 µs for each of up to three phases, in which one
         // core passes over 100 to 250 KB (measured on two cores of an EPYC of 2024).
         Cpu {
-            threads_from: 512 << 10,
+            threads_from: 1 << 20,
         }
     }
 }
@@ -59,7 +59,7 @@ impl Cpu {
 
     /// Passes over tensors of fewer bytes in total, x alone forward, x and dy backward, keep to the calling thread. Where that
     /// pays is the machine's affair: `cargo run --release --example timings -- --crossover` measures it. No result depends on
-    /// it. The default is 512 KiB.
+    /// it. The default is 1 MiB.
     pub fn threads_from(self, bytes: usize) -> Self {
         Cpu { threads_from: bytes }
     }
