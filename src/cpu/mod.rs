@@ -43,11 +43,9 @@ pub struct Cpu {
 
 impl Default for Cpu {
     fn default() -> Self {
-        // Below this, waking other threads takes longer than they save: 4 to 10 µs for each of up to three phases, in which one
-        // core passes over 100 to 250 KB (measured on two cores of an EPYC of 2024).
-        Cpu {
-            threads_from: 1 << 20,
-        }
+        // Below this, waking other threads takes longer than they save: two were the faster ones from 512 KiB on on an EPYC of
+        // 2024, and from 1 to 2 MiB on on a Xeon with AVX-512 (`timings --crossover`).
+        Cpu { threads_from: 1 << 20 }
     }
 }
 
