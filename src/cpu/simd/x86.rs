@@ -46,6 +46,68 @@ fn first(count: usize) -> u16 {
     !(u16::MAX << count)
 }
 
+/// As many words with all bits as there are lanes, then as many without.
+static MASKS: [u64; 2 * LANES] = {
+    let mut masks = [0; 2 * LANES];
+    let mut lane = 0;
+    while lane < LANES {
+        masks[lane] = u64::MAX;
+        lane += 1;
+    }
+    masks
+};
+
+/// The masks of the first `count` lanes, for `V` vectors of numbers of type `P`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn first_256<P, const V: usize>(count: usize) -> [__m256i; V] {
+    debug_assert!(count < LANES);
+    // Both sides of the border are uniform, so that smaller numbers than words may be counted from there.
+    let border = MASKS.as_ptr().wrapping_add(LANES).cast::<P>();
+    let mut masks = [_mm256_setzero_si256(); V];
+    for (vector, mask) in masks.iter_mut().enumerate() {
+        let from = border.wrapping_add(vector * (LANES / V)).wrapping_sub(count);
+        // SAFETY: from LANES numbers before the border to LANES behind it all are inside, up to words.
+        *mask = unsafe { _mm256_loadu_si256(from.cast()) };
+    }
+    masks
+}
+
+/// The first `count` of [`LANES`] numbers of 2 bytes, the others zero. In registers: what is written to memory in pieces
+/// cannot be read as a whole before all of it has arrived there.
+///
+/// # Safety
+/// `count` numbers may be read there.
+#[inline(always)]
+unsafe fn load_first_u16(from: *const u16, count: usize) -> [u16; LANES] {
+    debug_assert!(count < LANES);
+    // The first numbers, and the last without those that are among the first.
+    // SAFETY: each match arm reads as many numbers as there are at least, from the start or up to the end.
+    let halves: [u128; 2] = unsafe {
+        match count {
+            8.. => {
+                let last = from.add(count - 8).cast::<u128>().read_unaligned();
+                let rest = last.checked_shr(16 * (16 - count as u32)).unwrap_or(0);
+                [from.cast::<u128>().read_unaligned(), rest]
+            }
+            4.. => {
+                let last = from.add(count - 4).cast::<u64>().read_unaligned();
+                let rest = last.checked_shr(16 * (8 - count as u32)).unwrap_or(0);
+                [u128::from(from.cast::<u64>().read_unaligned()) | u128::from(rest) << 64, 0]
+            }
+            2.. => {
+                let last = from.add(count - 2).cast::<u32>().read_unaligned();
+                let rest = last.checked_shr(16 * (4 - count as u32)).unwrap_or(0);
+                [u128::from(from.cast::<u32>().read_unaligned()) | u128::from(rest) << 32, 0]
+            }
+            1 => [u128::from(from.read()), 0],
+            0 => [0, 0],
+        }
+    };
+    // SAFETY: the same size, and every bit pattern is a number; x86-64 has the first number in the lowest bits.
+    unsafe { std::mem::transmute(halves) }
+}
+
 /// 0 where `y <= 0`, else the value.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -155,6 +217,56 @@ impl Level for Avx2 {
     lane_by_lane!(mul, __m256, __m256d, _mm256_mul_ps, _mm256_mul_pd, a, b);
     lane_by_lane!(mul_add, __m256, __m256d, _mm256_fmadd_ps, _mm256_fmadd_pd, a, b, c);
     lane_by_lane!(pass, __m256, __m256d, pass_256_ps, pass_256_pd, values, y);
+
+    #[inline(always)]
+    fn first<P: Real>(self, values: Lanes<P>, count: usize) -> Lanes<P> {
+        /// Vector by vector.
+        #[inline]
+        #[target_feature(enable = "avx2")]
+        fn and<const V: usize>(values: [__m256i; V], masks: [__m256i; V]) -> [__m256i; V] {
+            let mut result = values;
+            for (value, mask) in result.iter_mut().zip(masks) {
+                *value = _mm256_and_si256(*value, mask);
+            }
+            result
+        }
+        // SAFETY: as for the operations above.
+        unsafe {
+            if size_of::<P>() == size_of::<f32>() {
+                transmute_copy(&and::<2>(transmute_copy(&values), first_256::<f32, 2>(count)))
+            } else {
+                transmute_copy(&and::<4>(transmute_copy(&values), first_256::<f64, 4>(count)))
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first<T: Element>(self, from: *const T, count: usize) -> [T; LANES] {
+        // SAFETY: `self` proves AVX2; lanes that the masks leave out are not read; the vectors have the size and, as
+        // numbers, every bit pattern of the block.
+        unsafe {
+            match size_of::<T>() {
+                2 => transmute_copy(&load_first_u16(from.cast(), count)),
+                4 => {
+                    let [low, high] = first_256::<f32, 2>(count);
+                    let from = from.cast::<f32>();
+                    transmute_copy(&[
+                        _mm256_maskload_ps(from, low),
+                        _mm256_maskload_ps(from.wrapping_add(LANES / 2), high),
+                    ])
+                }
+                8 => {
+                    let from = from.cast::<f64>();
+                    let mut vectors = [_mm256_setzero_pd(); 4];
+                    for (vector, mask) in first_256::<f64, 4>(count).into_iter().enumerate() {
+                        vectors[vector] = _mm256_maskload_pd(from.wrapping_add(vector * (LANES / 4)), mask);
+                    }
+                    transmute_copy(&vectors)
+                }
+                _ => unreachable!("elements have 2, 4 or 8 bytes"),
+            }
+        }
+    }
 
     #[inline(always)]
     fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32> {
