@@ -144,7 +144,7 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
                 let mut sums = Table::<T::Param, 2>::new();
                 for chunk in chunks.clone() {
                     let pixels = interleaved.pixels(&(chunk..chunk + 1));
-                    interleaved_sums(level, interleaved, channels, &pixels, &mut sums, &terms);
+                    interleaved_sums::<_, _, 2, 1>(level, interleaved, channels, &pixels, &mut sums, &terms);
                     for (at, _) in blocks(channels.len()) {
                         total.add(level, 0, at, sums.at(0, at));
                         total.add(level, 1, at, sums.at(1, at));

@@ -93,12 +93,18 @@ unsafe fn load_first_u16(from: *const u16, count: usize) -> [u16; LANES] {
             4.. => {
                 let last = from.add(count - 4).cast::<u64>().read_unaligned();
                 let rest = last.checked_shr(16 * (8 - count as u32)).unwrap_or(0);
-                [u128::from(from.cast::<u64>().read_unaligned()) | u128::from(rest) << 64, 0]
+                [
+                    u128::from(from.cast::<u64>().read_unaligned()) | u128::from(rest) << 64,
+                    0,
+                ]
             }
             2.. => {
                 let last = from.add(count - 2).cast::<u32>().read_unaligned();
                 let rest = last.checked_shr(16 * (4 - count as u32)).unwrap_or(0);
-                [u128::from(from.cast::<u32>().read_unaligned()) | u128::from(rest) << 32, 0]
+                [
+                    u128::from(from.cast::<u32>().read_unaligned()) | u128::from(rest) << 32,
+                    0,
+                ]
             }
             1 => [u128::from(from.read()), 0],
             0 => [0, 0],
@@ -136,32 +142,39 @@ fn pass_512_pd(values: __m512d, y: __m512d) -> __m512d {
     _mm512_maskz_mov_pd(_mm512_cmp_pd_mask::<_CMP_NLE_UQ>(y, _mm512_setzero_pd()), values)
 }
 
+/// The bits of numbers, none of them NaN, rounded to `bf16`, to nearest even, in the lower halves.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bf16_bits_256(numbers: __m256) -> __m256i {
+    // As `bf16_from_f32`, which says why.
+    let bits = _mm256_castps_si256(numbers);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    _mm256_srli_epi32::<16>(nearest)
+}
+
+/// As [`bf16_bits_256`], for values among which there may be NaNs.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bf16_bits_or_nan_256(values: __m256) -> __m256i {
+    let upper = _mm256_srli_epi32::<16>(_mm256_castps_si256(values));
+    let quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+    let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
+    _mm256_blendv_epi8(bf16_bits_256(values), quiet, is_nan)
+}
+
 /// The bits of values rounded to `bf16`, to nearest even, in the lower halves. Not by the conversion of AVX512-BF16, which
 /// takes subnormal numbers for 0.
 #[inline]
-#[target_feature(enable = "avx2")]
-fn bf16_bits_256(values: __m256) -> __m256i {
-    // As `bf16_from_f32`, which says why.
-    let bits = _mm256_castps_si256(values);
-    let upper = _mm256_srli_epi32::<16>(bits);
-    let odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
-    let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    let quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
-    let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
-    _mm256_blendv_epi8(_mm256_srli_epi32::<16>(nearest), quiet, is_nan)
-}
-
-/// As [`bf16_bits_256`].
-#[inline]
 #[target_feature(enable = "avx512f")]
 fn bf16_bits_512(values: __m512) -> __m512i {
+    // As `bf16_from_f32`, which says why.
     let bits = _mm512_castps_si512(values);
     let upper = _mm512_srli_epi32::<16>(bits);
     let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
     let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    let quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
     let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values);
-    _mm512_mask_mov_epi32(_mm512_srli_epi32::<16>(nearest), is_nan, quiet)
+    _mm512_mask_or_epi32(_mm512_srli_epi32::<16>(nearest), is_nan, upper, _mm512_set1_epi32(0x40))
 }
 
 /// AVX2 with fused multiply-add and conversion of half precision.
@@ -304,8 +317,15 @@ impl Level for Avx2 {
     fn narrow_bf16(self, lanes: &Lanes<f32>) -> [bf16; LANES] {
         // SAFETY: as in `widen_bf16`.
         unsafe {
-            let low = bf16_bits_256(_mm256_loadu_ps(lanes.as_ptr()));
-            let high = bf16_bits_256(_mm256_loadu_ps(lanes.as_ptr().add(LANES / 2)));
+            let low = _mm256_loadu_ps(lanes.as_ptr());
+            let high = _mm256_loadu_ps(lanes.as_ptr().add(LANES / 2));
+            // True in a lane where either is NaN: one test for all, since there are hardly ever any.
+            let any_nan = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(low, high)) != 0;
+            let [low, high] = if any_nan {
+                [bf16_bits_or_nan_256(low), bf16_bits_or_nan_256(high)]
+            } else {
+                [bf16_bits_256(low), bf16_bits_256(high)]
+            };
             // Packs the 128-bit halves apart from each other, so the two middle quarters must change places.
             std::mem::transmute(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(
                 low, high,
