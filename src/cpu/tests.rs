@@ -338,6 +338,7 @@ kernel!(Copy16 { from: &'a [f16], to: Sink<'a, f16>, at: usize, count: usize } -
     // SAFETY: the test keeps to the slices.
     unsafe {
         let values = Source::from(this.from).load(level, this.at, this.count);
+        assert!(values[this.count..].iter().all(|&value| value == 0.0));
         this.to.store(level, this.at, this.count, &values);
     }
 });
@@ -353,6 +354,7 @@ kernel!(Copy64 { from: &'a [f64], to: Sink<'a, f64>, at: usize, count: usize } -
     // SAFETY: the test keeps to the slices.
     unsafe {
         let values = Source::from(this.from).load(level, this.at, this.count);
+        assert!(values[this.count..].iter().all(|&value| value == 0.0));
         this.to.store(level, this.at, this.count, &values);
     }
 });
@@ -392,6 +394,27 @@ fn partial_blocks_touch_their_elements_only() {
                 check!(Copy32, f32);
                 check!(Copy64, f64);
             }
+        }
+    }
+}
+
+kernel!(First32 { values: &'a [f32; LANES], count: usize } -> [f32; LANES], |this, level| level.first(*this.values, this.count));
+kernel!(First64 { values: &'a [f64; LANES], count: usize } -> [f64; LANES], |this, level| level.first(*this.values, this.count));
+
+#[test]
+fn first_lanes_stay_and_the_others_are_zero() {
+    for simd in Simd::all() {
+        for count in 0..LANES {
+            // Whatever there is in the others: a NaN is no number times 0.
+            let expected: [f64; LANES] = std::array::from_fn(|i| if i < count { i as f64 + 1.0 } else { 0.0 });
+            let values = std::array::from_fn(|i| if i < count { i as f64 + 1.0 } else { f64::NAN });
+            let single = simd.run(First32 {
+                values: &values.map(|value| value as f32),
+                count,
+            });
+            assert_eq!(single.map(f64::from), expected, "{simd:?} {count}");
+            let values = &values;
+            assert_eq!(simd.run(First64 { values, count }), expected, "{simd:?} {count}");
         }
     }
 }
