@@ -6,6 +6,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use batchnorm_cuda::cuda::plan::{Choice, Team};
 use batchnorm_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -13,7 +14,7 @@ use batchnorm_cuda::cudarc::driver::{CudaContext, CudaGraph, CudaSlice};
 use batchnorm_cuda::half::f16;
 use batchnorm_cuda::{
     Backend, Backward, BatchNorm2d, BatchNorm2dConfig, Cuda, Epilogue, Error, Forward, Gradients, Momentum, Result,
-    Saved, Shape, StateDict,
+    Saved, Shape, StateDict, SyncBatchNorm, ThreadRank,
 };
 use common::{Case, Device, Random, alone, assert_same_bits, on_own_stream};
 
@@ -201,6 +202,30 @@ fn capture_with_event_tracking_is_refused() {
     assert_eq!(training.saved.mean(), Err(Error::SavedEmpty));
     training.step().unwrap();
     assert_eq!(training.module.num_batches_tracked().unwrap(), Some(8));
+}
+
+/// A rank without images launches nothing before it meets the others, and is refused all the same.
+#[test]
+fn capture_of_an_empty_rank_with_event_tracking_is_refused() {
+    common::driver();
+    let context = CudaContext::new(0).unwrap();
+    let device = on_own_stream(&context);
+    let module = BatchNorm2d::<Cuda>::new(&device, BatchNorm2dConfig::new(3)).unwrap();
+    let alone = ThreadRank::group(1, Duration::from_secs(60)).pop().unwrap();
+    let mut bn = SyncBatchNorm::new(module, alone).unwrap();
+    let mut saved = bn.prepare::<f32>(Shape::nchw(0, 3, 4, 4)).unwrap();
+    let x = device.zeros::<f32>(0).unwrap();
+    let mut y = device.zeros::<f32>(0).unwrap();
+
+    let stream = device.stream().clone();
+    stream
+        .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        .unwrap();
+    let train = bn.forward_train(&x, &mut y, &mut saved);
+    let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
+    assert_eq!(train, Err(Error::CaptureWithEventTracking));
+    assert!(graph.is_ok(), "the capture is whole");
+    bn.forward_train(&x, &mut y, &mut saved).unwrap();
 }
 
 /// By the stand-in's count of the driver's calls.

@@ -458,13 +458,37 @@ fn ranks_in_different_passes_are_found_out<B: Ranked>(device: &B) {
     for (rank, (done, check, y, unchanged)) in outcomes.into_iter().enumerate() {
         let disagree = |result: &Result<()>| matches!(result, Err(Error::RanksDisagree { what: "pass", .. }));
         assert!(unchanged, "rank {rank}");
+        assert!(disagree(&check), "rank {rank}: {check:?}");
         match done {
-            Ok(()) => assert!(
-                disagree(&check) && y.iter().all(|y| y.is_nan()),
-                "rank {rank}: {check:?}, {y:?}"
-            ),
+            Ok(()) => assert!(y.iter().all(|y| y.is_nan()), "rank {rank}: {y:?}"),
             error => assert!(disagree(&error), "rank {rank}: {error:?}"),
         }
+    }
+}
+
+/// Two modules of one size, which the ranks run in different orders; and then in the same one.
+fn ranks_in_different_modules_are_found_out<B: Ranked>(device: &B) {
+    let shape = Shape::nchw(2, 3, 2, 2);
+    let outcomes = on_ranks(2, PATIENCE, |rank, collective| {
+        let device = device.with_own_stream();
+        let collective = &collective;
+        let module = || BatchNorm2d::<B, f32>::new(&device, BatchNorm2dConfig::new(3)).unwrap();
+        let mut modules = [(); 2].map(|()| SyncBatchNorm::new(module(), collective).unwrap());
+        let x = device.upload(&(0..24).map(|x| x as f32).collect::<Vec<_>>()).unwrap();
+        let mut y = device.zeros::<f32>(24).unwrap();
+        let mut saved = [0, 1].map(|number| modules[number].prepare::<f32>(shape).unwrap());
+        let first = modules[rank].forward_train(&x, &mut y, &mut saved[rank]);
+        let check = saved[rank].check();
+        let unchanged = modules[rank].module().num_batches_tracked().unwrap() == Some(0);
+        for (module, saved) in modules.iter_mut().zip(&mut saved) {
+            module.forward_train(&x, &mut y, saved).unwrap();
+            saved.check().unwrap();
+        }
+        (first.and(check), unchanged)
+    });
+    for (rank, (found_out, unchanged)) in outcomes.into_iter().enumerate() {
+        let disagree = matches!(found_out, Err(Error::RanksDisagree { what: "pass", .. }));
+        assert!(disagree && unchanged, "rank {rank}: {found_out:?}");
     }
 }
 
@@ -695,6 +719,7 @@ on_every_device!(
     one_value_on_all_ranks_together_is_too_little,
     modules_that_differ_are_refused_on_every_rank,
     ranks_in_different_passes_are_found_out,
+    ranks_in_different_modules_are_found_out,
     a_rank_may_call_again_after_a_wrong_argument,
     a_failed_meeting_changes_nothing,
     parameter_gradients_alone_meet_nobody,

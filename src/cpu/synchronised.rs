@@ -17,7 +17,7 @@ use crate::element::{Element, Real};
 use crate::epilogue::Epilogue;
 use crate::error::{Error, Result};
 use crate::shape::Shape;
-use crate::sync::{Exchange, Kind, Layout, MergeStatistics, SyncBackend};
+use crate::sync::{Exchange, Kind, Layout, MergeStatistics, ONE_VALUE, RANKS_DISAGREE, SOUND, SyncBackend};
 use crate::welford::Welford;
 
 impl SyncBackend for Cpu {
@@ -28,6 +28,10 @@ impl SyncBackend for Cpu {
         _ranks: usize,
     ) -> Result<Workspace<T>> {
         self.prepare(shape, epilogue)
+    }
+
+    fn ready_to_meet(&self) -> Result<()> {
+        Ok(())
     }
 
     fn rank_statistics<T: Element>(
@@ -61,9 +65,11 @@ impl SyncBackend for Cpu {
         exchange: &mut Exchange<Self>,
     ) -> Result<()> {
         let layout = exchange.layout;
+        exchange.outcome[0] = RANKS_DISAGREE;
         let messages = layout.messages(Kind::Statistics, &exchange.gathered)?;
         let values: u64 = messages.iter().map(|(count, _)| count).sum();
         if values == 1 {
+            exchange.outcome[0] = ONE_VALUE;
             return Err(Error::OneValuePerChannel { shape: pass.shape });
         }
         let eps = T::Param::from_f64(pass.eps);
@@ -87,7 +93,7 @@ impl SyncBackend for Cpu {
             pass.saved.invstd[channel] = batch_invstd(variance, eps);
             *variance_kept = variance;
         }
-        exchange.outcome[1] = values as i64;
+        exchange.outcome = vec![SOUND, values as i64];
         Ok(())
     }
 
@@ -137,7 +143,9 @@ impl SyncBackend for Cpu {
         exchange: &mut Exchange<Self>,
     ) -> Result<()> {
         let layout = exchange.layout;
+        exchange.outcome[0] = RANKS_DISAGREE;
         let messages = layout.messages(Kind::Sums, &exchange.gathered)?;
+        exchange.outcome[0] = SOUND;
         let values: u64 = messages.iter().map(|(count, _)| count).sum();
         for (vector, merged) in workspace.vectors().iter_mut().enumerate() {
             for (channel, merged) in merged.iter_mut().enumerate() {

@@ -34,8 +34,8 @@ pub fn is_nccl_available() -> std::result::Result<(), Unavailable> {
 /// Each rank needs a thread or a process of its own, because the calls of one pass go to NCCL one after another; one thread
 /// that drives several ranks (`Comm::from_devices`) would wait for itself.
 ///
-/// What NCCL decides: how messages travel, what its own environment variables say, and what becomes of a rank whose peer is
-/// gone. Errors that its calls return come out as [`Error::Collective`]. A peer that is silent is no error to NCCL: the
+/// What NCCL decides: how messages travel, what its own environment variables say, what becomes of a rank whose peer is gone,
+/// and of messages of different lengths (of modules with different numbers of channels), which it asks its callers never to send. Errors that its calls return come out as [`Error::Collective`]. A peer that is silent is no error to NCCL: the
 /// gathering waits on the stream, and with it whoever waits for the stream, until the communicator is aborted or the process
 /// ends.
 impl Collective<Cuda> for Comm {

@@ -36,6 +36,10 @@ impl SyncBackend for Cuda {
         Ok(workspace)
     }
 
+    fn ready_to_meet(&self) -> Result<()> {
+        self.check_capture()
+    }
+
     fn rank_statistics<T: Element>(
         &self,
         shape: Shape,
@@ -44,7 +48,6 @@ impl SyncBackend for Cuda {
         workspace: &mut Workspace<T>,
         exchange: &mut Exchange<Self>,
     ) -> Result<()> {
-        self.check_capture()?;
         let stream = &**self.stream();
         let x = Operand::read(x, stream);
         // Of this rank alone it is of no use; the kernel writes it all the same, and the merge writes over it.

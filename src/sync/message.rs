@@ -22,6 +22,7 @@ pub struct Layout {
     channels: usize,
     param: Dtype,
     ranks: usize,
+    module: u16,
 }
 
 impl Layout {
@@ -32,11 +33,13 @@ impl Layout {
     /// Messages are whole multiples of this many words, so that every rank's lies as a collective likes it best.
     const GRAIN: usize = 2;
 
-    pub(crate) fn new<P: Real>(channels: usize, ranks: usize) -> Self {
+    /// `module` is a number that the ranks have agreed on, so that messages of modules of one size are told apart.
+    pub(crate) fn new<P: Real>(channels: usize, ranks: usize, module: u16) -> Self {
         Self {
             channels,
             param: P::DTYPE,
             ranks,
+            module,
         }
     }
 
@@ -61,13 +64,14 @@ impl Layout {
         Self::HEADER * size_of::<i64>() + vector * self.channels * self.param.size()
     }
 
-    /// What the first word of a message says.
+    /// What the first word of a message says. Of the channels it has what fits; the length of the message has the rest.
     pub(crate) fn tag(&self, kind: Kind) -> i64 {
         let kind = match kind {
             Kind::Statistics => 1,
             Kind::Sums => 2,
         };
-        kind << 56 | (self.param.size() as i64) << 48 | self.channels as i64
+        let size = self.param.size() as i64;
+        kind << 56 | size << 48 | i64::from(self.module) << 32 | i64::from(self.channels as u32)
     }
 
     /// A message of this many values per channel whose vectors are zero.
@@ -113,7 +117,12 @@ impl Layout {
                     Err(Error::RanksDisagree {
                         what: "pass",
                         rank,
-                        expected: format!("{kind:?} of {} channels (tag {:x})", self.channels, self.tag(kind)),
+                        expected: format!(
+                            "{kind:?} of {} channels of module {} (tag {:x})",
+                            self.channels,
+                            self.module,
+                            self.tag(kind)
+                        ),
                         got: format!("tag {:x}", message[0]),
                     })
                 }
@@ -121,6 +130,13 @@ impl Layout {
             .collect()
     }
 }
+
+/// What a meeting came to, in the first word of [`Exchange::outcome`]: `enum Outcome` of `kernels/message.cuh`.
+pub(crate) const SOUND: i64 = 0;
+/// All ranks together have one value per channel.
+pub(crate) const ONE_VALUE: i64 = 1;
+/// A message was of another pass, or of another module.
+pub(crate) const RANKS_DISAGREE: i64 = 2;
 
 /// The messages of one step, and what became of them.
 #[doc(hidden)]
@@ -134,8 +150,8 @@ pub struct Exchange<B: Backend> {
     pub sums: B::Buffer<i64>,
     /// All ranks' messages of the pass under way, in the order of the ranks.
     pub gathered: B::Buffer<i64>,
-    /// Two words: what the last meeting came to (0 if nothing was wrong, see `enum Outcome` of `kernels/message.cuh`), and
-    /// the values per channel of all ranks together.
+    /// Two words: what the last meeting came to ([`SOUND`] if nothing was wrong), and the values per channel of all ranks
+    /// together.
     pub outcome: B::Buffer<i64>,
 }
 
@@ -160,7 +176,7 @@ mod tests {
     use super::*;
 
     fn round_trip<P: Real>(channels: usize) {
-        let layout = Layout::new::<P>(channels, 1);
+        let layout = Layout::new::<P>(channels, 1, 0);
         let mut words = layout.blank(Kind::Sums, 7);
         let value = |vector: usize, channel: usize| P::from_f64(-1.5 * vector as f64 + 0.1 * channel as f64);
         for vector in 0..Layout::VECTORS {
@@ -198,7 +214,7 @@ mod tests {
 
     #[test]
     fn a_message_of_another_pass_is_refused() {
-        let layout = Layout::new::<f32>(3, 2);
+        let layout = Layout::new::<f32>(3, 2, 5);
         let mut gathered = layout.blank(Kind::Statistics, 4);
         gathered.extend(layout.blank(Kind::Sums, 4));
         let error = layout.messages(Kind::Statistics, &gathered).unwrap_err();
@@ -213,14 +229,21 @@ mod tests {
             ),
             "{error}"
         );
-        let other = Layout::new::<f32>(4, 2);
-        assert_ne!(layout.tag(Kind::Sums), other.tag(Kind::Sums));
+        let others = [
+            Layout::new::<f32>(4, 2, 5),
+            Layout::new::<f64>(3, 2, 5),
+            Layout::new::<f32>(3, 2, 6),
+            Layout::new::<f32>(3, 2, u16::MAX),
+        ];
+        for other in others {
+            assert_ne!(layout.tag(Kind::Sums), other.tag(Kind::Sums));
+        }
     }
 
     #[test]
     fn messages_have_one_length_and_keep_their_alignment() {
         for channels in 1..9 {
-            for layout in [Layout::new::<f32>(channels, 3), Layout::new::<f64>(channels, 3)] {
+            for layout in [Layout::new::<f32>(channels, 3, 1), Layout::new::<f64>(channels, 3, 1)] {
                 assert_eq!(layout.words() % 2, 0);
                 assert!(layout.words() * 8 >= layout.offset(3));
                 assert_eq!(layout.blank(Kind::Sums, 0).len(), layout.words());

@@ -6,8 +6,10 @@ mod thread_group;
 
 pub use self::collective::Collective;
 pub use self::message::Exchange;
-pub(crate) use self::message::{Kind, Layout};
+pub(crate) use self::message::{Kind, Layout, ONE_VALUE, RANKS_DISAGREE, SOUND};
 pub use self::thread_group::ThreadRank;
+
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use crate::backend::{
     AsTensor, AsTensorMut, Backend, BackwardPass, BackwardStatistics, BatchStatistics, ForwardPass, ForwardStatistics,
@@ -34,6 +36,13 @@ pub trait SyncBackend: Backend {
         epilogue: Epilogue,
         ranks: usize,
     ) -> Result<Self::Workspace<T>>;
+
+    /// Refuses what would go wrong in the midst of a pass, before anything has been launched or sent.
+    ///
+    /// # Errors
+    /// [`Error::CaptureWithEventTracking`] on CUDA; the driver's.
+    #[doc(hidden)]
+    fn ready_to_meet(&self) -> Result<()>;
 
     /// Writes the statistics of this rank's batch, which is not empty, to its message.
     ///
@@ -154,8 +163,8 @@ pub struct MergeStatistics<'a, B: Backend, T: Element> {
 /// - Ranks whose modules differ (channels, parameter type, eps, momentum, affine and so on) get [`Error::RanksDisagree`] from
 ///   [`SyncBatchNorm::new`], every one of them.
 /// - A rank whose arguments are wrong gets its error before it meets the others, and may call again: they wait.
-/// - Messages of all passes have the same length, and say which pass they belong to. So a rank that runs another pass of
-///   this module than the others is found out: at once on the CPU, where all ranks get [`Error::RanksDisagree`]; on CUDA,
+/// - Messages of all passes have the same length, and say which pass of which module they belong to. So a rank that runs
+///   another pass than the others, or that of another module of as many channels, is found out: at once on the CPU, where all ranks get [`Error::RanksDisagree`]; on CUDA,
 ///   where no pass waits for the device, results are NaN, the running statistics stay, and [`SyncSaved::check`] says why.
 /// - One value per channel on one rank is enough, if others have more. One on all ranks together is
 ///   [`Error::OneValuePerChannel`]: at once on the CPU, and on CUDA by [`SyncSaved::check`]; there y is the bias.
@@ -174,6 +183,8 @@ pub struct MergeStatistics<'a, B: Backend, T: Element> {
 pub struct SyncBatchNorm<B: SyncBackend, C: Collective<B>, P: Real = f32> {
     module: BatchNorm2d<B, P>,
     collective: C,
+    /// The same on all ranks, and another one for the modules that they made before and after.
+    number: u16,
 }
 
 /// As [`Saved`], of a synchronised step: with the messages. Made by [`SyncBatchNorm::prepare`].
@@ -217,8 +228,8 @@ impl<B: Backend, T: Element> SyncSaved<B, T> {
     pub fn values_per_channel(&self) -> Result<u64> {
         let outcome = self.saved.backend.read(&self.exchange.outcome)?;
         match outcome[0] {
-            0 => Ok(outcome[1] as u64),
-            1 => Err(Error::OneValuePerChannel {
+            SOUND => Ok(outcome[1] as u64),
+            ONE_VALUE => Err(Error::OneValuePerChannel {
                 shape: self.saved.shape,
             }),
             _ => Err(Error::RanksDisagree {
@@ -267,10 +278,14 @@ impl<B: SyncBackend, C: Collective<B>, P: Real> SyncBatchNorm<B, C, P> {
         }
         let backend = module.backend();
         let own = backend.upload(&Likeness::of::<P>(module.config()).0)?;
-        let mut gathered = backend.zeros(Likeness::NAMES.len() * ranks)?;
+        let mut gathered = backend.zeros(Likeness::WORDS * ranks)?;
         collective.all_gather(backend, own.view(), gathered.view_mut())?;
-        Likeness::compare(&backend.read(&gathered)?)?;
-        Ok(Self { module, collective })
+        let number = Likeness::compare(&backend.read(&gathered)?)?;
+        Ok(Self {
+            module,
+            collective,
+            number,
+        })
     }
 
     /// The module: evaluation, parameters, running statistics, state.
@@ -312,7 +327,7 @@ impl<B: SyncBackend, C: Collective<B>, P: Real> SyncBatchNorm<B, C, P> {
         let saved = self.module.prepare_with(shape, epilogue, || {
             backend.prepare_synchronised::<T>(shape, epilogue, ranks)
         })?;
-        let layout = Layout::new::<P>(shape.channels, ranks);
+        let layout = Layout::new::<P>(shape.channels, ranks, self.number);
         Ok(SyncSaved {
             saved,
             exchange: Exchange::new(backend, layout, shape.values_per_channel()?)?,
@@ -359,6 +374,7 @@ impl<B: SyncBackend, C: Collective<B>, P: Real> SyncBatchNorm<B, C, P> {
         if self.collective.world_size() == 1 && shape.values_per_channel()? == 1 {
             return Err(Error::OneValuePerChannel { shape });
         }
+        backend.ready_to_meet()?;
 
         // Only a pass that came to its end leaves statistics that a backward pass may use.
         saved.filled = false;
@@ -449,6 +465,7 @@ impl<B: SyncBackend, C: Collective<B>, P: Real> SyncBatchNorm<B, C, P> {
         saved.check_prepared(backend, self.module.config().num_features, backward.epilogue())?;
         saved.check_filled()?;
         self.module.check_backward(&backward, saved.shape)?;
+        backend.ready_to_meet()?;
         let Saved {
             shape,
             statistics,
@@ -490,8 +507,11 @@ fn check_exchange<B: Backend>(exchange: &Exchange<B>, collective: &impl Collecti
     })
 }
 
+/// Counts the modules of this process, from 0 again after 65,535.
+static NEXT_NUMBER: AtomicU16 = AtomicU16::new(0);
+
 /// What the modules of all ranks must have in common, one word for each.
-struct Likeness([i64; Likeness::NAMES.len()]);
+struct Likeness([i64; Likeness::WORDS]);
 
 impl Likeness {
     const NAMES: [&str; 7] = [
@@ -503,6 +523,8 @@ impl Likeness {
         "track_running_stats",
         "skip_non_finite",
     ];
+    /// Behind what is compared, a number for the module: that of rank 0 is taken by all.
+    const WORDS: usize = Self::NAMES.len() + 1;
 
     fn of<P: Real>(config: &BatchNorm2dConfig) -> Self {
         let momentum = match config.momentum {
@@ -518,12 +540,13 @@ impl Likeness {
             config.affine.into(),
             config.track_running_stats.into(),
             config.skip_non_finite.into(),
+            NEXT_NUMBER.fetch_add(1, Ordering::Relaxed).into(),
         ])
     }
 
-    /// Finds the first rank that differs from rank 0: the same on every rank.
-    fn compare(gathered: &[i64]) -> Result<()> {
-        let (ranks, _) = gathered.as_chunks::<{ Likeness::NAMES.len() }>();
+    /// Finds the first rank that differs from rank 0, the same on every rank; else gives the module's number.
+    fn compare(gathered: &[i64]) -> Result<u16> {
+        let (ranks, _) = gathered.as_chunks::<{ Likeness::WORDS }>();
         for (rank, other) in ranks.iter().enumerate() {
             for (at, what) in Self::NAMES.into_iter().enumerate() {
                 if other[at] != ranks[0][at] {
@@ -536,7 +559,7 @@ impl Likeness {
                 }
             }
         }
-        Ok(())
+        Ok(ranks[0][Self::NAMES.len()] as u16)
     }
 
     fn describe(what: &str, word: i64) -> String {
