@@ -58,6 +58,8 @@
 //! # }
 //! ```
 //!
+//! Those who come from PyTorch, candle or `cudarc` find in [`guide`] what is called what.
+//!
 //! What runs on both is written for a [`Backend`]: `examples/quickstart.rs` is such a program. [`cuda::is_available`]
 //! tells whether this machine has what [`Cuda`] needs, and if not, what is missing; nothing here panics for want of it.
 //!
@@ -130,6 +132,7 @@
 //! process, on either backend. Its page says what is synchronised and what is not, and what happens when ranks do not fit
 //! together.
 //!
+#![cfg_attr(feature = "nccl", doc = include_str!("guide/nccl.md"))]
 //! # Inference
 //!
 //! [`BatchNorm2d::forward_eval`] needs one pass, and with a fused `relu` no other for that. Where a convolution comes before
@@ -201,6 +204,7 @@
 //! `candle_nn::BatchNorm` by one line; with the feature `candle-cuda` on GPUs too. It has its own documentation and a table
 //! of what is called what.
 //!
+#![cfg_attr(feature = "candle", doc = include_str!("guide/candle.md"))]
 //! # Threads and streams
 //!
 //! Everything is `Send` and `Sync`. Training takes the module by `&mut`, evaluation by `&`, so several threads may
@@ -228,6 +232,7 @@
 //! | [`FoldedConv`] | the module folded into a convolution |
 //! | [`Cpu`], [`Cuda`], [`Backend`] | the devices |
 //! | `candle` | the same for candle's tensors, with the feature `candle` |
+//! | [`guide`] | what is called what, for those who come from PyTorch, candle or `cudarc` |
 //! | [`cuda::plan`] | which kernels run for a shape on a device, and the bytes they move; needs no GPU |
 
 mod backend;
@@ -241,6 +246,7 @@ mod element;
 mod epilogue;
 mod error;
 mod fold;
+pub mod guide;
 mod overwrite;
 mod request;
 mod shape;

@@ -1,13 +1,6 @@
-//! A training step captured in a CUDA graph and replayed: one launch for forward and backward, with a new batch each time.
-//! The replayed graph goes on counting batches, and gives the same bits as the same steps launched one by one.
-//!
-//!     cargo run --release --example cuda_graph                 # on a machine with a GPU
-//!     cargo run --release --example cuda_graph -- --stand-in   # anywhere: on the stand-in driver of the tests
-//!
-//! Without a GPU and without `--stand-in` it says what is missing, and that nothing was captured.
+//! The same steps one by one and by a graph, on two modules that begin alike.
 
 use std::error::Error;
-use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,57 +8,30 @@ use batchnorm_cuda::cuda::DiskCache;
 use batchnorm_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use batchnorm_cuda::cudarc::driver::{CudaContext, CudaGraph, CudaSlice};
 use batchnorm_cuda::half::f16;
-use batchnorm_cuda::{Backend, BatchNorm2d, BatchNorm2dConfig, Cuda, Gradients, Momentum, Result, Saved, Shape, cuda};
-use clap::Parser;
+use batchnorm_cuda::{Backend, BatchNorm2d, BatchNorm2dConfig, Cuda, Gradients, Momentum, Result, Saved, Shape};
 
-/// Captures a training step in a CUDA graph and replays it.
-#[derive(Parser)]
-struct Arguments {
-    /// Use the stand-in driver.
-    #[arg(long)]
-    stand_in: bool,
-    /// How many batches to train on.
-    #[arg(long, default_value_t = 20)]
-    steps: usize,
+/// What is run.
+pub struct Comparison {
+    /// Of the batches.
+    pub shape: Shape,
+    /// How many batches there are.
+    pub steps: usize,
+    /// Where compiled kernels are kept.
+    pub cache: DiskCache,
+    /// Whether steps are timed in the end.
+    pub timed: bool,
 }
 
-fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    if arguments.stand_in {
-        emulator::install();
-    } else if let Err(reason) = cuda::is_available() {
-        println!("No graph was captured, because CUDA cannot be used here:\n{reason}");
-        println!("With --stand-in the example runs on the stand-in driver.");
-        return ExitCode::SUCCESS;
-    }
-    match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("cuda_graph: {error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn run(arguments: &Arguments) -> std::result::Result<(), Box<dyn Error>> {
+/// Trains one module step by step and another one by a graph, and holds them against each other to the bit.
+pub fn compare(comparison: &Comparison) -> std::result::Result<(), Box<dyn Error>> {
+    let Comparison { shape, steps, .. } = *comparison;
     let context = CudaContext::new(0)?;
     // A graph cannot hold the events by which cudarc orders the streams of a context.
     // SAFETY: every buffer of this program is used on one stream only, so no work needs events to be ordered.
     unsafe { context.disable_event_tracking() };
-    let shape = if arguments.stand_in {
-        Shape::nchw(4, 8, 6, 6)
-    } else {
-        Shape::nchw(32, 64, 28, 28)
-    };
-
-    let mut direct = Training::new(&context, arguments, shape)?;
-    let mut replayed = Training::new(&context, arguments, shape)?;
-    let driver = if arguments.stand_in {
-        ", as the stand-in driver has it"
-    } else {
-        ""
-    };
-    println!("{shape} on {}{driver}", direct.device.limits().name);
+    let mut direct = Training::new(&context, comparison)?;
+    let mut replayed = Training::new(&context, comparison)?;
+    println!("{shape} on {}", direct.device.limits().name);
 
     // Once before the capture, so that everything is loaded.
     for training in [&mut direct, &mut replayed] {
@@ -78,7 +44,7 @@ fn run(arguments: &Arguments) -> std::result::Result<(), Box<dyn Error>> {
         replayed.module.num_batches_tracked()?
     );
 
-    for step in 1..=arguments.steps {
+    for step in 1..=steps {
         direct.load_batch(step)?;
         direct.step()?;
         replayed.load_batch(step)?;
@@ -87,14 +53,14 @@ fn run(arguments: &Arguments) -> std::result::Result<(), Box<dyn Error>> {
     let (one_by_one, by_graph) = (direct.module.state_dict()?, replayed.module.state_dict()?);
     println!(
         "after {} batches: num_batches_tracked is {:?} one by one, {:?} by the graph",
-        arguments.steps, one_by_one.num_batches_tracked, by_graph.num_batches_tracked
+        steps, one_by_one.num_batches_tracked, by_graph.num_batches_tracked
     );
     if one_by_one != by_graph || direct.results()? != replayed.results()? {
         return Err("the graph's results differ from those of the steps one by one".into());
     }
     println!("y, dx, gradients and running statistics are the same to the bit");
 
-    if !arguments.stand_in {
+    if comparison.timed {
         let steps = 1000;
         let time = |step: &mut dyn FnMut() -> std::result::Result<(), Box<dyn Error>>| {
             let start = Instant::now();
@@ -122,20 +88,10 @@ struct Training {
 }
 
 impl Training {
-    fn new(
-        context: &Arc<CudaContext>,
-        arguments: &Arguments,
-        shape: Shape,
-    ) -> std::result::Result<Self, Box<dyn Error>> {
+    fn new(context: &Arc<CudaContext>, comparison: &Comparison) -> std::result::Result<Self, Box<dyn Error>> {
+        let shape = comparison.shape;
         // The default stream cannot be captured.
-        let stream = context.new_stream()?;
-        // Kernels of the stand-in have no business among those of the user.
-        let cache = if arguments.stand_in {
-            DiskCache::Off
-        } else {
-            DiskCache::Default
-        };
-        let device = Cuda::with_cache(stream, cache)?;
+        let device = Cuda::with_cache(context.new_stream()?, comparison.cache.clone())?;
         // The factor of the average changes with every batch. It is on the device, so the graph need not change.
         let config = BatchNorm2dConfig::new(shape.channels).momentum(Momentum::CumulativeAverage);
         let module = BatchNorm2d::new(&device, config)?;
