@@ -115,22 +115,17 @@ struct ApplyBlock<'a, S, T: Element, E> {
 
 impl<S: Level, T: Element, E: Epilogue<T>> Visitor<T::Param> for ApplyBlock<'_, S, T, E> {
     #[inline(always)]
-    fn visit(&self, block: Block, coefficients: &impl Coefficients<T::Param>) {
-        let Elements {
-            x,
-            y,
-            epilogue,
-            streamed,
-        } = self.elements;
+    fn visit(&self, block: Block, coefficients: &impl Coefficients<T::Param>, aligned: bool) {
+        let Elements { x, y, epilogue, .. } = self.elements;
         let level = self.level;
         // SAFETY: the geometry's blocks are inside tensors of its shape, and no other task has this block. In place, it is
-        // read before it is written.
+        // read before it is written. What is aligned is so for y.
         unsafe {
             let x = x.load(level, block.at, block.count);
             let x = centred(level, x, coefficients, block.position);
             let value = normalised(level, x, coefficients, block.position);
             let value = epilogue.finish(level, block, value);
-            write(level, y, block, &value, streamed);
+            write(level, y, block, &value, aligned);
         }
     }
 }

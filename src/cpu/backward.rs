@@ -359,10 +359,10 @@ impl<S: Level, T: Element, E: Mask<T>, const TRAINING: bool> Visitor<T::Param>
     for GradientBlock<'_, S, T, E, TRAINING>
 {
     #[inline(always)]
-    fn visit(&self, block: Block, coefficients: &impl Coefficients<T::Param>) {
+    fn visit(&self, block: Block, coefficients: &impl Coefficients<T::Param>, aligned: bool) {
         let Self { level, elements } = *self;
         // SAFETY: the geometry's blocks are inside tensors of its shape, and no other task has this block. In place, it is
-        // read before it is written.
+        // read before it is written. What is aligned is so for dx, or for dz if there is no dx.
         unsafe {
             let x = elements.x.load(level, block.at, block.count);
             let dy = elements.dy.load(level, block.at, block.count);
@@ -377,10 +377,11 @@ impl<S: Level, T: Element, E: Mask<T>, const TRAINING: bool> Visitor<T::Param>
                 } else {
                     level.mul(scale, gradient)
                 };
-                write(level, dx, block, &value, elements.streamed);
+                write(level, dx, block, &value, aligned);
             }
             if let Some(dz) = elements.dz {
-                write(level, dz, block, &gradient, elements.streamed);
+                let aligned = aligned && (elements.dx.is_none() || dz.until_aligned(block.at) == 0);
+                write(level, dz, block, &gradient, aligned);
             }
         }
     }

@@ -1,5 +1,7 @@
 //! Visits every element of a task once, in vectors.
 
+use std::ops::Range;
+
 use super::coefficients::{Coefficients, OFFSET, PIVOT, Table};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
@@ -60,9 +62,10 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
                         let coefficients = table.uniform(run);
                         let head = head(start, runs.len, aligned);
                         if head > 0 {
-                            visitor.visit(Block::new(start, 0, head), &coefficients);
+                            visitor.visit(Block::new(start, 0, head), &coefficients, false);
                         }
-                        visit_blocks(start + head, runs.len - head, usize::MAX, order, visitor, &coefficients);
+                        let run = start + head..start + runs.len;
+                        visit_blocks(run, usize::MAX, aligned.is_some(), order, visitor, &coefficients);
                     }
                 }
             }
@@ -75,12 +78,14 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
             let head = head(runs.start(0), runs.len, aligned);
             if head > 0 {
                 for run in 0..runs.count {
-                    visitor.visit(Block::new(runs.start(run), 0, head), table);
+                    visitor.visit(Block::new(runs.start(run), 0, head), table, false);
                 }
             }
             table.start_at(head, period);
             for run in 0..runs.count {
-                visit_blocks(runs.start(run) + head, runs.len - head, period, order, visitor, table);
+                let start = runs.start(run);
+                let run = start + head..start + runs.len;
+                visit_blocks(run, period, aligned.is_some(), order, visitor, table);
             }
         }
     }
@@ -97,57 +102,64 @@ fn head<T: Element>(start: usize, len: usize, aligned: Option<Sink<'_, T>>) -> u
 
 /// What is done with each block.
 pub(super) trait Visitor<P: Real> {
-    /// Does it.
-    fn visit(&self, block: Block, coefficients: &impl Coefficients<P>);
+    /// Does it. `aligned` blocks are full, and begin where the sink that [`visit`] was told of may be streamed to.
+    fn visit(&self, block: Block, coefficients: &impl Coefficients<P>, aligned: bool);
 }
 
-/// Visits adjacent elements whose coefficients come again after `period` positions.
+/// Visits adjacent elements whose coefficients come again after `period` positions. The first is `aligned` or not.
 #[inline(always)]
 fn visit_blocks<P: Real>(
-    start: usize,
-    len: usize,
+    run: Range<usize>,
     period: usize,
+    aligned: bool,
     order: Order,
     visitor: &impl Visitor<P>,
     coefficients: &impl Coefficients<P>,
 ) {
-    let full = len - len % LANES;
-    let mut at = match order {
-        Order::Ascending => 0,
-        Order::Descending => full.saturating_sub(LANES),
-    };
-    let mut position = at % period;
-    for _ in 0..full / LANES {
-        let block = Block {
-            at: start + at,
-            position,
-            count: LANES,
-        };
-        visitor.visit(block, coefficients);
-        match order {
-            Order::Ascending => {
-                at += LANES;
-                position += LANES;
-                if position >= period {
-                    position -= period;
+    let (start, blocks, rest) = (run.start, run.len() / LANES, run.len() % LANES);
+    // Stretches within a period, so that their blocks need not ask where it ends.
+    match order {
+        Order::Ascending => {
+            let (mut done, mut position) = (0, 0);
+            while done < blocks {
+                let stretch = (period - position).div_ceil(LANES).min(blocks - done);
+                for number in 0..stretch {
+                    let block = Block {
+                        at: start + (done + number) * LANES,
+                        position: position + number * LANES,
+                        count: LANES,
+                    };
+                    visitor.visit(block, coefficients, aligned);
                 }
+                done += stretch;
+                position = (position + stretch * LANES).wrapping_sub(period);
             }
-            Order::Descending => {
-                at = at.wrapping_sub(LANES);
-                if position < LANES {
-                    position += period;
+        }
+        Order::Descending => {
+            let (mut left, mut position) = (blocks, blocks.saturating_sub(1) * LANES % period);
+            while left > 0 {
+                let stretch = (position / LANES + 1).min(left);
+                for number in 0..stretch {
+                    let block = Block {
+                        at: start + (left - 1 - number) * LANES,
+                        position: position - number * LANES,
+                        count: LANES,
+                    };
+                    visitor.visit(block, coefficients, aligned);
                 }
-                position -= LANES;
+                left -= stretch;
+                position = position.wrapping_add(period).wrapping_sub(stretch * LANES);
             }
         }
     }
-    if full < len {
+    if rest > 0 {
+        let full = blocks * LANES;
         let block = Block {
             at: start + full,
             position: full % period,
-            count: len - full,
+            count: rest,
         };
-        visitor.visit(block, coefficients);
+        visitor.visit(block, coefficients, false);
     }
 }
 
@@ -164,20 +176,20 @@ pub(super) fn centred<S: Level, P: Real>(
     level.sub(level.sub(x, pivot), offset)
 }
 
-/// Rounds and writes a block, past the caches if `streamed` and possible.
+/// Rounds and writes a block, past the caches if it is `aligned` for that.
 ///
 /// # Safety
-/// As [`Sink::store`].
+/// As [`Sink::store`]; of an aligned block [`Sink::until_aligned`] is 0, and it is full.
 #[inline(always)]
 pub(super) unsafe fn write<S: Level, T: Element>(
     level: S,
     to: Sink<'_, T>,
     block: Block,
     values: &Lanes<T::Param>,
-    streamed: bool,
+    aligned: bool,
 ) {
-    if streamed && block.count == LANES && to.until_aligned(block.at) == 0 {
-        // SAFETY: the caller's promise, and the alignment has been checked.
+    if aligned {
+        // SAFETY: the caller's promise.
         unsafe { to.stream(level, block.at, values) };
     } else {
         // SAFETY: the caller's promise.

@@ -150,7 +150,7 @@ fn tasks_have_every_element_once_with_its_channel() {
 struct Recorder(RefCell<Vec<(usize, f32)>>);
 
 impl Visitor<f32> for Recorder {
-    fn visit(&self, block: Block, coefficients: &impl Coefficients<f32>) {
+    fn visit(&self, block: Block, coefficients: &impl Coefficients<f32>, _aligned: bool) {
         let values = coefficients.at(0, block.position);
         let shown = (0..block.count).map(|lane| (block.at + lane, values[lane]));
         self.0.borrow_mut().extend(shown);
