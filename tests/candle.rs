@@ -4,7 +4,10 @@
 mod common;
 
 use std::collections::HashMap;
+use std::env;
+use std::process::{Child, Command, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use batchnorm_cuda::candle::{BatchNorm2d, batch_norm, batch_norm2d};
 use batchnorm_cuda::{BatchNorm2dConfig, Epilogue, Layout, Shape, StateDict};
@@ -13,6 +16,7 @@ use candle_nn::{BatchNormConfig, Optimizer, SGD, VarBuilder, VarMap};
 use common::candle::{assert_every_form_as_in, assert_golden_files_as_in};
 use common::golden::{File, folder};
 use common::{Case, Random, cpu, run};
+use rayon::prelude::*;
 
 const CPU: &Device = &Device::Cpu;
 
@@ -519,6 +523,96 @@ fn threads_may_train_one_module() -> Result<()> {
     });
     assert_eq!(bn.num_batches_tracked().to_scalar::<i64>()?, 100);
     Ok(())
+}
+
+/// Runs a scenario in a process of its own with these variables of the environment, and fails if it takes longer than
+/// `limit`. `test` is the full name of the test that calls.
+fn in_own_process(test: &str, variables: &[(&str, &str)], limit: Duration, scenario: impl FnOnce() -> Result<()>) {
+    /// Ends the process also where the test fails.
+    struct Ended(Child);
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            // It may have ended by itself.
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    const INSIDE: &str = "BATCHNORM_CANDLE_TEST_INSIDE";
+    if env::var_os(INSIDE).is_some_and(|name| name == test) {
+        return scenario().unwrap();
+    }
+    let mut process = Ended(
+        Command::new(env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture"])
+            .env(INSIDE, test)
+            .envs(variables.iter().copied())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    let start = Instant::now();
+    loop {
+        if let Some(status) = process.0.try_wait().unwrap() {
+            assert!(status.success(), "{test}: {status}");
+            return;
+        }
+        assert!(start.elapsed() < limit, "{test}: not done after {limit:?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A thread of rayon's pool that waits for the others takes up another task, here another call of the same module. It must
+/// hold no lock then that the call wants.
+#[test]
+fn tasks_of_one_pool_may_share_a_module() {
+    const TEST: &str = "tasks_of_one_pool_may_share_a_module";
+    const ROUNDS: usize = 20;
+    const TASKS: usize = 8;
+    let variables = [("RAYON_NUM_THREADS", "3")];
+    in_own_process(TEST, &variables, Duration::from_secs(240), || {
+        let mut random = Random::new(31);
+        // More than the 1 MiB below which a pass keeps to its thread.
+        let big = random_tensor(&mut random, &[32, 16, 64, 64], DType::F32)?;
+        let small = Var::from_tensor(&random_tensor(&mut random, &[8, 16, 64, 64], DType::F32)?)?;
+        let gradient = |bn: &BatchNorm2d, train: bool| -> Vec<f32> {
+            let y = bn.forward_relu_t(&small, train).unwrap();
+            let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            values(gradients.get(&small).expect("a gradient"))
+        };
+        let alone = gradient(&fresh(16)?.1, true);
+        // One step that several tasks differentiate at once.
+        let (variables, shared) = fresh(16)?;
+        let loss = shared.forward_relu_t(&small, true)?.sqr()?.sum_all()?;
+        let (_, bn) = fresh(16)?;
+        for round in 0..ROUNDS {
+            rayon::scope(|scope| {
+                scope.spawn(|_| {
+                    thread::sleep(Duration::from_millis(2));
+                    (0..TASKS).into_par_iter().for_each(|task| match task % 4 {
+                        0 => assert_eq!(gradient(&bn, true), alone, "round {round}"),
+                        1 => drop(gradient(&bn, false)),
+                        2 => drop(bn.forward_t(&small, false).unwrap()),
+                        _ => {
+                            let gradients = loss.backward().unwrap();
+                            assert_eq!(values(gradients.get(&small).expect("a gradient")), alone);
+                        }
+                    });
+                });
+                scope.spawn(|_| drop(bn.forward_t(&big, true).unwrap()));
+                scope.spawn(|_| drop(bn.forward_t(&big, false).unwrap()));
+                // An optimiser may move the parameters meanwhile.
+                scope.spawn(|_| {
+                    for variable in variables.all_vars() {
+                        variable.set(&variable.as_tensor().copy().unwrap()).unwrap();
+                    }
+                });
+            });
+        }
+        let trained = ROUNDS * (TASKS / 4 + 1);
+        assert_eq!(bn.num_batches_tracked().to_scalar::<i64>()?, trained as i64);
+        Ok(())
+    });
 }
 
 #[test]

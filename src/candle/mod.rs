@@ -64,6 +64,20 @@
 //! (`channels_last`, such as a permuted tensor) are taken as they are, at any offset, and y has the memory order of x;
 //! others are copied first, and a residual in another order than x is brought into that of x.
 //!
+//! # Locks
+//!
+//! candle's tensors have locks. On the CPU a pass holds none that another task of the same [`rayon`] pool could want to
+//! write: parameters and, in evaluation, running statistics are copied first (a few numbers per channel), and in training
+//! the running statistics are moved after the pass, one channel after another on the calling thread. So any tasks of a pool
+//! may train and evaluate the same module. x and the residual are locked to be read, as in all of candle's operations: a
+//! task that writes over them while another task of its pool computes with them waits for itself. On a GPU the locks of the
+//! running statistics are held while the kernels are put on the stream, not while they run.
+//!
+//! Whoever locks several at once takes the running mean first, then the running variance, then the count of batches.
+//!
+//! Backward passes through one y may run at the same time. All read the statistics that its forward pass left, and each has
+//! scratch memory of its own.
+//!
 //! # What is taken
 //!
 //! | tensors | parameters and running statistics |
@@ -78,8 +92,7 @@
 //!
 //! - Half-precision tensors can be trained with.
 //! - One value per channel in training is an error; candle-nn makes NaN of the running variance.
-//! - The running statistics are changed where they lie, by the kernel that computes y. Meanwhile their two variables are
-//!   locked, the mean first.
+//! - The running statistics are changed where they lie; on a GPU by the kernel that computes y.
 //! - `remove_mean: false` is candle-nn's own code, unfused.
 //! - The operation has no second derivative.
 //!
@@ -417,10 +430,9 @@ impl BatchNorm2d {
 
         let (x, layout) = in_memory_order(x)?;
         let residual = residual.map(|residual| in_layout(residual, layout)).transpose()?;
-        let contiguous = |tensor: &Tensor| tensor.contiguous();
         let parameters = match &self.weight_and_bias {
             None => None,
-            Some((weight, bias)) => Some([contiguous(weight)?, contiguous(bias)?]),
+            Some((weight, bias)) => Some([parameter(weight)?, parameter(bias)?]),
         };
         let mut arguments = [&x].into_iter().chain(parameters.iter().flatten()).chain(&residual);
         let statistics = self.statistics(train, arguments.any(Tensor::track_op))?;
@@ -495,8 +507,11 @@ impl BatchNorm2d {
             self.running_mean.as_detached_tensor(),
             self.running_var.as_detached_tensor(),
         );
-        // The backward pass needs those of this call, and a step of training may move them before.
-        Ok(if differentiable {
+        // The backward pass needs those of this call, and a step of training may move them before. On the CPU nobody else
+        // may want the locks of what a pass reads: see "Locks".
+        Ok(if differentiable || mean.device().is_cpu() {
+            // Both of the same moment.
+            let _locked = (mean.storage_and_layout(), variance.storage_and_layout());
             Statistics::Running {
                 mean: mean.copy()?,
                 variance: variance.copy()?,
@@ -538,6 +553,15 @@ fn unfused(
         (Epilogue::Identity, _) => Ok(y),
         (_, None) => y.relu(),
         (_, Some(residual)) => (y + residual)?.relu(),
+    }
+}
+
+/// A parameter for a pass to read. On the CPU a copy, whose lock nobody else wants: see "Locks" in the module's documentation.
+fn parameter(tensor: &Tensor) -> Result<Tensor> {
+    if tensor.device().is_cpu() {
+        tensor.force_contiguous()
+    } else {
+        tensor.contiguous()
     }
 }
 
