@@ -716,11 +716,19 @@ fn errors_are_candles_and_say_what_came() -> Result<()> {
     assert!(matches!(error, Error::UnexpectedNumberOfDims { got: 1, .. }), "{error}");
     assert_says(&text, &["batch-norm", "[3]", "F32"]);
 
-    let (_, text) = failure(bn.forward_t(&zeros(&[2, 4, 4, 4], DType::F32), true));
-    assert_says(
-        &text,
-        &["[2, 4, 4, 4]", "expected 3 channels (num_features), got 4", "F32"],
-    );
+    for dims in [&[2, 4, 4, 4][..], &[1, 4, 1, 1], &[1, 4], &[2, 1, 5]] {
+        for train in [true, false] {
+            let (error, text) = failure(bn.forward_t(&zeros(dims, DType::F32), train));
+            let Error::UnexpectedShape { expected, got, .. } = error else {
+                panic!("{error}")
+            };
+            let mut wanted = dims.to_vec();
+            wanted[1] = 3;
+            assert_eq!((expected.dims(), got.dims()), (&wanted[..], dims));
+            let got = format!("{} channels", wanted[1]);
+            assert_says(&text, &[&got, &format!("{dims:?}"), &format!("{wanted:?}"), "F32"]);
+        }
+    }
 
     for train in [true, false] {
         for (dtype, name) in [(DType::F64, "F64"), (DType::U8, "U8"), (DType::I64, "I64")] {
@@ -757,10 +765,10 @@ fn errors_are_candles_and_say_what_came() -> Result<()> {
 
     let (error, text) = failure(bn.forward_add_relu_t(&x, &zeros(&[2, 3, 4, 5], DType::F32), true));
     assert!(matches!(error, Error::ShapeMismatchBinaryOp { .. }), "{error}");
-    assert_says(&text, &["[2, 3, 4, 4]", "[2, 3, 4, 5]"]);
+    assert_says(&text, &["[2, 3, 4, 4]", "[2, 3, 4, 5]", "F32"]);
     let (error, text) = failure(bn.forward_add_relu_t(&x, &zeros(&[2, 3, 4, 4], DType::F16), true));
     assert!(matches!(error, Error::DTypeMismatchBinaryOp { .. }), "{error}");
-    assert_says(&text, &["F32", "F16"]);
+    assert_says(&text, &["[2, 3, 4, 4]", "F32", "F16"]);
 
     // After all these errors the module is as it was.
     assert_eq!(bn.num_batches_tracked().to_scalar::<i64>()?, 0);
@@ -776,12 +784,18 @@ fn a_module_is_not_made_of_what_does_not_fit() -> Result<()> {
 
     let (error, text) = failure(new(vector(), ones(4, DType::F32), vector(), vector(), 1e-5));
     assert!(matches!(error, Error::UnexpectedShape { .. }), "{error}");
-    assert_says(&text, &["running_var", "[3]", "[4]"]);
+    assert_says(&text, &["batch-norm", "running_var", "[3]", "[4]", "F32", "Cpu"]);
     let (error, text) = failure(new(vector(), vector(), ones(3, DType::F64), vector(), 1e-5));
     assert!(matches!(error, Error::UnexpectedDType { .. }), "{error}");
-    assert_says(&text, &["weight", "F32", "F64"]);
+    assert_says(&text, &["weight", "[3]", "F32", "F64", "Cpu"]);
+    let (error, text) = failure(new(ones(3, DType::U32), vector(), vector(), vector(), 1e-5));
+    assert!(
+        matches!(error, Error::UnexpectedDType { got: DType::U32, .. }),
+        "{error}"
+    );
+    assert_says(&text, &["running_mean", "[3]", "U32"]);
     let (_, text) = failure(new(vector(), vector(), vector(), vector(), -1.0));
-    assert_says(&text, &["eps", "-1"]);
+    assert_says(&text, &["eps", "-1", "[3]", "F32"]);
     let momentum = f64::INFINITY;
     let (_, text) = failure(BatchNorm2d::new_no_bias_with_momentum(
         3,
@@ -800,19 +814,25 @@ fn a_module_is_not_made_of_what_does_not_fit() -> Result<()> {
     assert_says(&text, &["must not share memory"]);
 
     let vb = |dtype| VarBuilder::zeros(dtype, CPU);
-    let (error, _) = failure(batch_norm(3, 1e-5, vb(DType::U32)));
-    assert!(
-        matches!(error, Error::UnexpectedDType { got: DType::U32, .. }),
-        "{error}"
-    );
+    for result in [
+        batch_norm(3, 1e-5, vb(DType::U32).pp("bn7")),
+        batch_norm2d(BatchNorm2dConfig::new(3), vb(DType::U32).pp("bn7")),
+    ] {
+        let (error, text) = failure(result);
+        assert!(
+            matches!(error, Error::UnexpectedDType { got: DType::U32, .. }),
+            "{error}"
+        );
+        assert_says(&text, &["batch-norm", "[3]", "U32", "bn7", "Cpu"]);
+    }
     let (_, text) = failure(batch_norm(0, 1e-5, vb(DType::F32)));
-    assert_says(&text, &["num_features"]);
+    assert_says(&text, &["num_features", "[0]", "F32"]);
     let (_, text) = failure(batch_norm(3, -1.0, vb(DType::F32)));
-    assert_says(&text, &["eps"]);
+    assert_says(&text, &["eps", "[3]", "F32"]);
     let missing = VarBuilder::from_tensors(HashMap::new(), DType::F32, CPU).pp("layer1.bn1");
     let (error, text) = failure(batch_norm(3, 1e-5, missing));
     assert!(matches!(error, Error::CannotFindTensor { .. }), "{error}");
-    assert_says(&text, &["layer1.bn1.running_mean"]);
+    assert_says(&text, &["layer1.bn1.running_mean", "[3]", "F32"]);
     Ok(())
 }
 

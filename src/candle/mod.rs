@@ -98,8 +98,9 @@
 //!
 //! # Errors
 //!
-//! All are [`candle_core::Error`], with shape and dtype of the tensor as their context. What [`crate::Error`] says comes
-//! as its text.
+//! All are [`candle_core::Error`]. Their context names shape, dtype and device of the tensors: of x and the residual
+//! forward, of x and of the gradient in the backward pass, of the parameter where a module is made of tensors; a builder's
+//! names its dtype and prefix. What [`crate::Error`] says comes as its text.
 
 #[cfg(feature = "candle-cuda")]
 mod cuda;
@@ -148,7 +149,11 @@ pub struct BatchNorm2d {
 /// [`crate::Error::NoFeatures`], [`crate::Error::Eps`] and [`crate::Error::Momentum`].
 pub fn batch_norm<C: Into<BatchNormConfig>>(num_features: usize, config: C, vb: VarBuilder) -> Result<BatchNorm2d> {
     let config: BatchNormConfig = config.into();
-    let vb = vb.to_dtype(parameter_dtype(vb.dtype())?);
+    from_candles_config(num_features, config, &vb).map_err(|error| error.context(about_builder(num_features, &vb)))
+}
+
+fn from_candles_config(num_features: usize, config: BatchNormConfig, vb: &VarBuilder) -> Result<BatchNorm2d> {
+    let vb = vb.clone().to_dtype(parameter_dtype(vb.dtype())?);
     let without_mean = if config.remove_mean {
         None
     } else {
@@ -178,9 +183,21 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(num_features: usize, config: C, vb: 
 /// # Errors
 /// As [`batch_norm`].
 pub fn batch_norm2d(config: BatchNorm2dConfig, vb: VarBuilder) -> Result<BatchNorm2d> {
-    let vb = vb.to_dtype(parameter_dtype(vb.dtype())?);
+    let about = about_builder(config.num_features, &vb);
     let tracked = config.track_running_stats;
-    from_builder(config, &vb, tracked)
+    parameter_dtype(vb.dtype())
+        .and_then(|dtype| from_builder(config, &vb.to_dtype(dtype), tracked))
+        .map_err(|error| error.context(about))
+}
+
+/// What a module was to be made of, for an error's context.
+fn about_builder(num_features: usize, vb: &VarBuilder) -> String {
+    format!(
+        "{NAME} of variables of shape [{num_features}] and dtype {:?} under {:?} on {:?}",
+        vb.dtype(),
+        vb.prefix(),
+        vb.device().location()
+    )
 }
 
 fn from_builder(config: BatchNorm2dConfig, vb: &VarBuilder, counted: bool) -> Result<BatchNorm2d> {
@@ -276,8 +293,17 @@ impl BatchNorm2d {
         running_var: Tensor,
         weight_and_bias: Option<(Tensor, Tensor)>,
     ) -> Result<Self> {
-        let batches = Tensor::zeros((), DType::I64, running_mean.device())?;
-        Self::from_tensors(config, &running_mean, &running_var, &batches, weight_and_bias)
+        let features = config.num_features;
+        let make = || {
+            let batches = Tensor::zeros((), DType::I64, running_mean.device())?;
+            Self::from_tensors(config, &running_mean, &running_var, &batches, weight_and_bias)
+        };
+        make().map_err(|error| {
+            error.context(format!(
+                "{NAME} of {features} channels, running_mean {}",
+                described(&running_mean)
+            ))
+        })
     }
 
     fn from_tensors(
@@ -292,7 +318,7 @@ impl BatchNorm2d {
         let device = running_mean.device();
         let check = |name: &str, tensor: &Tensor| {
             check_vector(tensor, config.num_features, dtype, device)
-                .map_err(|error| error.context(format!("{NAME}: {name}")))
+                .map_err(|error| error.context(format!("{name} {}", described(tensor))))
         };
         check("running_mean", running_mean)?;
         check("running_var", running_var)?;
@@ -403,11 +429,16 @@ impl BatchNorm2d {
 
     fn forward(&self, x: &Tensor, residual: Option<&Tensor>, epilogue: Epilogue, train: bool) -> Result<Tensor> {
         self.forward_checked(x, residual, epilogue, train).map_err(|error| {
+            let residual = match residual {
+                None => String::new(),
+                Some(residual) => format!(" with a residual {}", described(residual)),
+            };
             error.context(format!(
-                "{NAME} of {} channels over x of shape {:?} and dtype {:?}",
+                "{NAME} of {} channels, {:?} on {:?}, over x {}{residual}",
                 self.config.num_features,
-                x.shape(),
-                x.dtype()
+                self.running_mean.dtype(),
+                self.running_mean.device().location(),
+                described(x)
             ))
         })
     }
@@ -457,11 +488,16 @@ impl BatchNorm2d {
         };
         let (width, rows) = plane.split_last().unwrap_or((&1, &[]));
         let shape = Shape::nchw(batch, channels, rows.iter().product(), *width);
-        if channels != self.config.num_features {
-            return Err(wrap(crate::Error::Channels {
-                shape,
-                expected: self.config.num_features,
-            }));
+        let features = self.config.num_features;
+        if channels != features {
+            let mut expected = x.dims().to_vec();
+            expected[1] = features;
+            return Err(Error::UnexpectedShape {
+                msg: format!("{features} channels (num_features) expected, not {channels}"),
+                expected: expected.into(),
+                got: x.shape().clone(),
+            }
+            .bt());
         }
         if shape.height == 0 || shape.width == 0 {
             return Err(wrap(crate::Error::EmptyDimension { shape }));
@@ -624,6 +660,16 @@ fn unexpected_dtype(expected: DType, got: DType) -> Error {
         got,
     }
     .bt()
+}
+
+/// What a tensor is, for an error's context.
+fn described(tensor: &Tensor) -> String {
+    format!(
+        "of shape {:?} and dtype {:?} on {:?}",
+        tensor.shape(),
+        tensor.dtype(),
+        tensor.device().location()
+    )
 }
 
 fn check_vector(tensor: &Tensor, channels: usize, dtype: DType, device: &Device) -> Result<()> {

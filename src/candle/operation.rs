@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Re
 use super::shared::{Kept, Purpose, Shared};
 use super::step::{Gradients, Operands, backward, batch_statistics, forward};
 use super::storage::{Device, Moved, Place, Stored, memory};
-use super::wrap;
+use super::{described, wrap};
 use crate::backend::{
     AsTensorMut, BackwardEpilogue, BackwardStatistics, BatchStatistics, ForwardEpilogue, ForwardStatistics,
     RunningUpdate,
@@ -331,12 +331,20 @@ impl Operation {
     }
 
     fn backward(&self, arguments: Arguments<&Tensor>, y: &Tensor, dy: &Tensor) -> Result<Results> {
-        match arguments.x.device() {
+        let results = match arguments.x.device() {
             candle_core::Device::Cpu => self.backward_on::<Cpu>(arguments, y, dy),
             #[cfg(feature = "candle-cuda")]
             candle_core::Device::Cuda(_) => self.backward_on::<crate::Cuda>(arguments, y, dy),
             _ => Err(Error::BackwardNotSupported { op: NAME }.bt()),
-        }
+        };
+        results.map_err(|error| {
+            error.context(format!(
+                "backward pass of {NAME} of {} channels over x {}, gradient {}",
+                self.purpose.shape.channels,
+                described(arguments.x),
+                described(dy)
+            ))
+        })
     }
 
     fn backward_on<D: Device>(&self, arguments: Arguments<&Tensor>, y: &Tensor, dy: &Tensor) -> Result<Results> {
