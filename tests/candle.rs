@@ -407,6 +407,61 @@ fn half_precision_has_variables_of_f32() -> Result<()> {
     Ok(())
 }
 
+/// A module of half-precision tensors, which candle-nn makes too: parameters that are variables are trained, running
+/// statistics are copies.
+#[test]
+fn modules_are_made_of_half_precision() -> Result<()> {
+    let mut random = Random::new(37);
+    for dtype in [DType::F16, DType::BF16] {
+        let ulp = if dtype == DType::F16 { 1e-3 } else { 1e-2 };
+        let var = |values: [f32; 3]| Var::from_tensor(&Tensor::new(&values, CPU)?.to_dtype(dtype)?);
+        let (mean, variance) = (var([0.5, -1.0, 2.0])?, var([1.5, 0.25, 4.0])?);
+        let (weight, bias) = (var([1.0, -2.0, 0.5])?, var([0.0, 0.25, 1.0])?);
+        let tensors = || [&mean, &variance, &weight, &bias].map(|of| of.as_tensor().clone());
+        let [m, v, w, b] = tensors();
+        let bn = BatchNorm2d::new(3, m, v, w, b, 1e-5)?;
+        let [m, v, w, b] = tensors();
+        let candle = candle_nn::BatchNorm::new(3, m, v, w, b, 1e-5)?;
+
+        let x = random_tensor(&mut random, &[4, 3, 2, 2], dtype)?;
+        let evaluated = (bn.forward_t(&x, false)?, candle.forward_t(&x, false)?);
+        // candle-nn rounds on the way.
+        assert!(difference(&evaluated.0, &evaluated.1)? < 4.0 * ulp, "{dtype:?}");
+
+        assert_eq!(bn.running_mean().dtype(), DType::F32);
+        let mut optimizer = SGD::new(vec![weight.clone(), bias.clone()], 0.5)?;
+        let before = [
+            values(&weight.to_dtype(DType::F32)?),
+            values(&bias.to_dtype(DType::F32)?),
+        ];
+        let y = bn.forward_t(&x, true)?;
+        optimizer.backward_step(&y.to_dtype(DType::F32)?.powf(3.0)?.sum_all()?)?;
+        let after = [
+            values(&weight.to_dtype(DType::F32)?),
+            values(&bias.to_dtype(DType::F32)?),
+        ];
+        assert_ne!(before, after, "{dtype:?}: the variables move");
+        assert_eq!(bn.weight_and_bias().expect("affine").0.id(), weight.id());
+        assert!(
+            difference(&bn.forward_t(&x, true)?, &y)? > 0.1,
+            "{dtype:?}: y is by the moved ones"
+        );
+        // The running statistics moved are the module's own.
+        assert_ne!(values(bn.running_mean()), [0.5, -1.0, 2.0]);
+        assert_eq!(values(&mean.to_dtype(DType::F32)?), [0.5, -1.0, 2.0]);
+    }
+
+    // Mixed with single precision, but not with double.
+    let ones = |dtype| Tensor::ones(3, dtype, CPU).unwrap();
+    let new = |mean, weight| BatchNorm2d::new(3, ones(mean), ones(DType::F32), ones(weight), ones(DType::BF16), 1e-5);
+    new(DType::F16, DType::F32)?;
+    new(DType::F32, DType::F16)?;
+    let (error, text) = failure(new(DType::F64, DType::F16));
+    assert!(matches!(error, Error::UnexpectedDType { .. }), "{error}");
+    assert_says(&text, &["running_var", "[3]", "F64", "F32"]);
+    Ok(())
+}
+
 #[test]
 fn an_optimiser_moves_the_parameters() -> Result<()> {
     let (variables, bn) = fresh(2)?;

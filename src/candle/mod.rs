@@ -85,12 +85,15 @@
 //! | `F16`, `BF16`, `F32` | `F32` |
 //! | `F64` | `F64` |
 //!
-//! A [`VarBuilder`] of `F16` or `BF16` thus gives variables of `F32`. Tensors have the shape [N, C, ..] with at least two
+//! A [`VarBuilder`] of `F16` or `BF16` thus gives variables of `F32`. Where a module is made of tensors of half precision,
+//! as by [`BatchNorm2d::new`], its running statistics are copies of them in `F32`, also where they are variables: those do
+//! not move. Weight and bias stay the tensors that were given, and each call converts them, so that variables of half
+//! precision are trained. Tensors have the shape [N, C, ..] with at least two
 //! dimensions, as for candle-nn: [N, C], [N, C, L] and [N, C, D, H, W] too.
 //!
 //! # Differences from `candle_nn::BatchNorm`
 //!
-//! - Half-precision tensors can be trained with.
+//! - Half-precision tensors can be trained with. Running statistics of half precision are copied to `F32`.
 //! - One value per channel in training is an error; candle-nn makes NaN of the running variance.
 //! - The running statistics are changed where they lie; on a GPU by the kernel that computes y.
 //! - `remove_mean: false` is candle-nn's own code, unfused.
@@ -226,7 +229,8 @@ fn from_builder(config: BatchNorm2dConfig, vb: &VarBuilder, counted: bool) -> Re
 }
 
 impl BatchNorm2d {
-    /// As [`candle_nn::BatchNorm::new`]. Tensors that are no variables are copied for the running statistics.
+    /// As [`candle_nn::BatchNorm::new`]. Tensors that are no variables are copied for the running statistics, and so are
+    /// those of half precision, to `F32`. Weight and bias of half precision are converted in every call.
     ///
     /// # Errors
     /// [`Error::UnexpectedShape`], [`Error::UnexpectedDType`], [`Error::DeviceMismatchBinaryOp`] where the tensors do not
@@ -316,6 +320,8 @@ impl BatchNorm2d {
         config.validate().map_err(wrap)?;
         let dtype = parameter_dtype(running_mean.dtype())?;
         let device = running_mean.device();
+        // A running variable is written: only one of the right dtype can be taken as it is.
+        let running = |tensor: &Tensor| Var::from_tensor(&converted(tensor, dtype)?);
         let check = |name: &str, tensor: &Tensor| {
             check_vector(tensor, config.num_features, dtype, device)
                 .map_err(|error| error.context(format!("{name} {}", described(tensor))))
@@ -329,8 +335,8 @@ impl BatchNorm2d {
         let module = Self {
             config,
             weight_and_bias,
-            running_mean: Var::from_tensor(running_mean)?,
-            running_var: Var::from_tensor(running_var)?,
+            running_mean: running(running_mean)?,
+            running_var: running(running_var)?,
             num_batches_tracked: Var::from_tensor(num_batches_tracked)?,
             shared: Arc::default(),
             without_mean: None,
@@ -463,7 +469,10 @@ impl BatchNorm2d {
         let residual = residual.map(|residual| in_layout(residual, layout)).transpose()?;
         let parameters = match &self.weight_and_bias {
             None => None,
-            Some((weight, bias)) => Some([parameter(weight)?, parameter(bias)?]),
+            Some((weight, bias)) => {
+                let dtype = self.running_mean.dtype();
+                Some([parameter(weight, dtype)?, parameter(bias, dtype)?])
+            }
         };
         let mut arguments = [&x].into_iter().chain(parameters.iter().flatten()).chain(&residual);
         let statistics = self.statistics(train, arguments.any(Tensor::track_op))?;
@@ -592,8 +601,17 @@ fn unfused(
     }
 }
 
+/// A tensor that may be of half precision, in the dtype of a module's numbers.
+fn converted(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    if tensor.dtype() == dtype {
+        return Ok(tensor.clone());
+    }
+    tensor.to_dtype(dtype)
+}
+
 /// A parameter for a pass to read. On the CPU a copy, whose lock nobody else wants: see "Locks" in the module's documentation.
-fn parameter(tensor: &Tensor) -> Result<Tensor> {
+fn parameter(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    let tensor = converted(tensor, dtype)?;
     if tensor.device().is_cpu() {
         tensor.force_contiguous()
     } else {
@@ -681,7 +699,7 @@ fn check_vector(tensor: &Tensor, channels: usize, dtype: DType, device: &Device)
         }
         .bt());
     }
-    if tensor.dtype() != dtype {
+    if parameter_dtype(tensor.dtype()).ok() != Some(dtype) {
         return Err(unexpected_dtype(dtype, tensor.dtype()));
     }
     check_device(device, tensor.device())
