@@ -64,6 +64,10 @@
 //! (`channels_last`, such as a permuted tensor) are taken as they are, at any offset, and y has the memory order of x;
 //! others are copied first, and a residual in another order than x is brought into that of x.
 //!
+//! With N, H, W, C two things remain that are candle's. Its tensors are made in the order of their dimensions, so y is a
+//! permuted view, and the backward pass of that view costs a tensor of zeros and a sum. And the gradient that is left for x
+//! is a sum with zeros in the order N, C, H, W, although the pass makes it in that of x.
+//!
 //! # Locks
 //!
 //! candle's tensors have locks. On the CPU a pass holds none that another task of the same [`rayon`] pool could want to
@@ -117,7 +121,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Error, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{BatchNormConfig, Init, VarBuilder};
 
-use self::operation::{NAME, Operation, Statistics, Update};
+use self::operation::{Call, NAME, Operation, Ordered, Statistics, Update};
 use self::shared::Shared;
 use crate::config::{BatchNorm2dConfig, Momentum};
 use crate::element::Dtype;
@@ -465,8 +469,20 @@ impl BatchNorm2d {
             return unfused(candle, x, residual, epilogue, train);
         }
 
-        let (x, layout) = in_memory_order(x)?;
-        let residual = residual.map(|residual| in_layout(residual, layout)).transpose()?;
+        // The operation is of the tensors as they came: what it needs of another order it copies, and no node of candle's
+        // graph, which would cost the backward pass two more tensors each, stands between.
+        let found = memory_order(x)?;
+        let layout = found.unwrap_or(Layout::Nchw);
+        let ordered = Ordered {
+            x: match found {
+                Some(_) => None,
+                None => Some(in_layout(x, layout)?),
+            },
+            residual: match residual {
+                Some(residual) if !lies_in(residual, layout)? => Some(in_layout(residual, layout)?),
+                _ => None,
+            },
+        };
         let parameters = match &self.weight_and_bias {
             None => None,
             Some((weight, bias)) => {
@@ -474,11 +490,19 @@ impl BatchNorm2d {
                 Some([parameter(weight, dtype)?, parameter(bias, dtype)?])
             }
         };
-        let mut arguments = [&x].into_iter().chain(parameters.iter().flatten()).chain(&residual);
+        let mut arguments = [x].into_iter().chain(parameters.iter().flatten()).chain(residual);
         let statistics = self.statistics(train, arguments.any(Tensor::track_op))?;
         let shape = Shape { layout, ..shape };
-        let operation = Operation::new(shape, dtype, epilogue, self.config.eps, statistics, self.shared.clone());
-        let y = operation.apply(&x, parameters.as_ref().map(<[Tensor; 2]>::each_ref), residual.as_ref())?;
+        let call = Call {
+            shape,
+            dtype,
+            epilogue,
+            eps: self.config.eps,
+            statistics,
+            ordered,
+        };
+        let operation = Operation::new(call, self.shared.clone());
+        let y = operation.apply(x, parameters.as_ref().map(<[Tensor; 2]>::each_ref), residual)?;
         match layout {
             Layout::Nchw => Ok(y),
             Layout::Nhwc => channels_second(&y),
@@ -619,29 +643,35 @@ fn parameter(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
     }
 }
 
-/// The tensor as a contiguous one, and in which order: [N, C, ..], or [N, .., C]. Copies if it lies in neither.
-fn in_memory_order(x: &Tensor) -> Result<(Tensor, Layout)> {
-    if !x.is_contiguous() {
-        let last = channels_last(x)?;
-        if last.is_contiguous() {
-            return Ok((last, Layout::Nhwc));
+/// The order of a tensor's memory, if it has one of the two: [N, C, ..], or [N, .., C].
+fn memory_order(tensor: &Tensor) -> Result<Option<Layout>> {
+    for layout in [Layout::Nchw, Layout::Nhwc] {
+        if lies_in(tensor, layout)? {
+            return Ok(Some(layout));
         }
     }
-    Ok((x.contiguous()?, Layout::Nchw))
+    Ok(None)
 }
 
-/// The tensor as a contiguous one in this order. Copies if it lies in another.
-fn in_layout(x: &Tensor, layout: Layout) -> Result<Tensor> {
+fn lies_in(tensor: &Tensor, layout: Layout) -> Result<bool> {
+    Ok(match layout {
+        Layout::Nchw => tensor.is_contiguous(),
+        Layout::Nhwc => tensor.layout().permute(&channels_last(tensor.rank()))?.is_contiguous(),
+    })
+}
+
+/// A copy of the values as a contiguous tensor in this order, outside of candle's graph.
+fn in_layout(tensor: &Tensor, layout: Layout) -> Result<Tensor> {
+    let tensor = tensor.detach();
     match layout {
-        Layout::Nchw => x.contiguous(),
-        Layout::Nhwc => channels_last(x)?.contiguous(),
+        Layout::Nchw => tensor.contiguous(),
+        Layout::Nhwc => tensor.permute(channels_last(tensor.rank()))?.contiguous(),
     }
 }
 
-/// A view with the second dimension last.
-fn channels_last(x: &Tensor) -> Result<Tensor> {
-    let order: Vec<usize> = [0].into_iter().chain(2..x.rank()).chain([1]).collect();
-    x.permute(order)
+/// The dimensions with the second one last.
+fn channels_last(rank: usize) -> Vec<usize> {
+    [0].into_iter().chain(2..rank).chain([1]).collect()
 }
 
 /// A view with the last dimension second.

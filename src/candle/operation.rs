@@ -1,18 +1,19 @@
 //! The operation that candle's graph holds: its pass forward, and its pass backward.
 
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
 #[cfg(feature = "candle-cuda")]
 use candle_core::CudaStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Result, Tensor, Var};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Result, Storage, Tensor, Var};
 
-use super::shared::{Kept, Purpose, Shared};
+use super::shared::{Kept, Purpose, Shared, lock};
 use super::step::{Gradients, Operands, backward, batch_statistics, forward};
 use super::storage::{Device, Moved, Place, Stored, memory};
-use super::{described, wrap};
+use super::{channels_last, channels_second, described, wrap};
 use crate::backend::{
     AsTensorMut, BackwardEpilogue, BackwardStatistics, BatchStatistics, ForwardEpilogue, ForwardStatistics,
     RunningUpdate,
@@ -21,7 +22,7 @@ use crate::config::Momentum;
 use crate::cpu::Cpu;
 use crate::element::{Dtype, Element};
 use crate::epilogue::Epilogue;
-use crate::shape::Shape;
+use crate::shape::{Layout as MemoryOrder, Shape};
 
 /// The name that candle's messages call it by.
 pub(super) const NAME: &str = "batch-norm";
@@ -50,12 +51,33 @@ macro_rules! with_element {
     };
 }
 
+/// What a module asks of an operation.
+pub(super) struct Call {
+    pub(super) shape: Shape,
+    pub(super) dtype: Dtype,
+    pub(super) epilogue: Epilogue,
+    pub(super) eps: f64,
+    pub(super) statistics: Statistics,
+    pub(super) ordered: Ordered,
+}
+
+/// Contiguous copies, in the memory order of the call, of arguments that have another.
+#[derive(Debug)]
+pub(super) struct Ordered {
+    pub(super) x: Option<Tensor>,
+    pub(super) residual: Option<Tensor>,
+}
+
 /// One call of a module.
 #[derive(Debug)]
 pub(super) struct Operation {
     purpose: Purpose,
     eps: f64,
     statistics: Statistics,
+    /// x, if it had to be copied: both passes read it.
+    x: Option<Tensor>,
+    /// The residual, if it had to be copied. The forward pass alone reads it, and drops it.
+    residual: Mutex<Option<Tensor>>,
     shared: Arc<Shared>,
     /// The statistics of the batch, from the forward pass for the backward passes, which only read them: several may run
     /// at once.
@@ -144,30 +166,26 @@ struct Results {
 }
 
 impl Operation {
-    pub(super) fn new(
-        shape: Shape,
-        dtype: Dtype,
-        epilogue: Epilogue,
-        eps: f64,
-        statistics: Statistics,
-        shared: Arc<Shared>,
-    ) -> Self {
+    pub(super) fn new(call: Call, shared: Arc<Shared>) -> Self {
         Self {
             purpose: Purpose {
-                shape,
-                dtype,
-                epilogue,
+                shape: call.shape,
+                dtype: call.dtype,
+                epilogue: call.epilogue,
                 thread: thread::current().id(),
             },
-            eps,
-            statistics,
+            eps: call.eps,
+            statistics: call.statistics,
+            x: call.ordered.x,
+            residual: Mutex::new(call.ordered.residual),
             shared,
             saved: OnceLock::new(),
             shown: AtomicBool::new(false),
         }
     }
 
-    /// Applies the operation to tensors that are contiguous and have been found fit.
+    /// Applies the operation to tensors that have been found fit. y is contiguous: in the order N, H, W, C its dimensions
+    /// are in that order too.
     pub(super) fn apply(
         self,
         x: &Tensor,
@@ -198,12 +216,32 @@ impl Operation {
     }
 
     fn forward<D: Device>(&self, arguments: Arguments<Place<'_, D>>) -> Result<(D::Storage, candle_core::Shape)> {
-        let (memory, layout) = arguments.x;
-        let backend = D::beside(memory, &self.shared)?;
+        let (beside, layout) = arguments.x;
+        let backend = D::beside(beside, &self.shared)?;
+        let residual = lock(&self.residual).take();
+        // The locks of copies, which nobody else has.
+        let (own_x, own_residual) = (self.x.as_ref(), residual.as_ref());
+        let (own_x, own_residual) = (
+            own_x.map(Tensor::storage_and_layout),
+            own_residual.map(Tensor::storage_and_layout),
+        );
+        let arguments = Arguments {
+            x: place_of::<D>(&own_x)?.unwrap_or(arguments.x),
+            residual: place_of::<D>(&own_residual)?.or(arguments.residual),
+            ..arguments
+        };
         let y = with_element!(self.purpose.dtype, T => {
-            D::into_storage(self.forward_as::<D, T>(&backend, arguments)?, memory)
+            D::into_storage(self.forward_as::<D, T>(&backend, arguments)?, beside)
         });
-        Ok((y, layout.shape().clone()))
+        Ok((y, self.in_memory(layout.shape())))
+    }
+
+    /// A tensor's dimensions in the order of the memory of x, y and their gradients.
+    fn in_memory(&self, shape: &candle_core::Shape) -> candle_core::Shape {
+        match (self.purpose.shape.layout, shape.dims()) {
+            (MemoryOrder::Nhwc, [batch, channels, others @ ..]) => [&[*batch], others, &[*channels]].concat().into(),
+            _ => shape.clone(),
+        }
     }
 
     fn forward_as<D: Device, T: Stored + Element<Param: Stored>>(
@@ -317,14 +355,19 @@ impl Operation {
         })
     }
 
-    /// All elements of a contiguous tensor of the call's shape.
+    /// All elements of a tensor of the call's shape, which lie one after another in the order of the call.
     fn tensor<'m, D: Device, T: Stored>(
         &self,
         backend: &D,
         argument: &'static str,
         (memory, layout): Place<'m, D>,
     ) -> Result<D::View<'m, T>> {
-        let start = start(layout)?;
+        let start = match self.purpose.shape.layout {
+            MemoryOrder::Nhwc if !layout.is_contiguous() => {
+                start(&layout.permute(&channels_last(layout.dims().len()))?)?
+            }
+            _ => start(layout)?,
+        };
         let view = D::view(memory, start..start + layout.shape().elem_count())?;
         backend.check_view(argument, &view).map_err(wrap)?;
         Ok(view)
@@ -359,7 +402,8 @@ impl Operation {
             },
             residual: arguments.residual.as_ref().is_some_and(wants),
         };
-        D::look(arguments.x, |x| {
+        let dims = arguments.x.shape();
+        D::look(self.x.as_ref().unwrap_or(arguments.x), |x| {
             D::look(y, |y| {
                 D::look(&dy, |dy| {
                     // The CPU's are copies that nobody else locks.
@@ -378,7 +422,7 @@ impl Operation {
                         // Its values are not needed any more.
                         residual: None,
                     };
-                    self.backward_at::<D>(arguments, y, dy, wanted)
+                    self.backward_at::<D>(dims, arguments, y, dy, wanted)
                 })
             })
         })
@@ -386,20 +430,27 @@ impl Operation {
 
     fn backward_at<D: Device>(
         &self,
+        dims: &candle_core::Shape,
         arguments: Arguments<Place<'_, D>>,
         y: Place<'_, D>,
         dy: Place<'_, D>,
         wanted: Wanted,
     ) -> Result<Results> {
-        let (beside, layout) = arguments.x;
+        let (beside, _) = arguments.x;
         let backend = D::beside(beside, &self.shared)?;
+        let in_memory = self.in_memory(dims);
+        // As views of the arguments' dimensions.
+        let logical = |gradient: Option<Tensor>| match (gradient, self.purpose.shape.layout) {
+            (Some(gradient), MemoryOrder::Nhwc) => channels_second(&gradient).map(Some),
+            (gradient, _) => Ok(gradient),
+        };
         with_element!(self.purpose.dtype, T => {
             let buffers = self.backward_as::<D, T>(&backend, arguments, y, dy, wanted)?;
             let both = candle_core::Shape::from(2 * self.purpose.shape.channels);
             Ok(Results {
-                x: buffers.x.map(|dx| tensor_of::<D, T>(dx, beside, layout.shape())),
+                x: logical(buffers.x.map(|dx| tensor_of::<D, T>(dx, beside, &in_memory)))?,
                 parameters: buffers.parameters.map(|parameters| tensor_of::<D, _>(parameters, beside, &both)),
-                residual: buffers.residual.map(|dz| tensor_of::<D, T>(dz, beside, layout.shape())),
+                residual: logical(buffers.residual.map(|dz| tensor_of::<D, T>(dz, beside, &in_memory)))?,
             })
         })
     }
@@ -511,6 +562,14 @@ impl<D: Device, T: Element> Buffers<D, T> {
             parameters: wanted.parameters.then(|| backend.zeros(2 * channels)).transpose()?,
             residual: tensor(wanted.residual)?,
         })
+    }
+}
+
+/// Where a copy lies, if there is one.
+fn place_of<'a, D: Device>(copy: &'a Option<(impl Deref<Target = Storage>, &Layout)>) -> Result<Option<Place<'a, D>>> {
+    match copy {
+        None => Ok(None),
+        Some((storage, layout)) => Ok(Some((memory::<D>(storage)?, layout))),
     }
 }
 
