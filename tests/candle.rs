@@ -831,6 +831,29 @@ fn errors_are_candles_and_say_what_came() -> Result<()> {
     Ok(())
 }
 
+/// Where candle keeps the graph of gradients, in its own environment variable, a second derivative is refused, not wrong.
+#[test]
+fn a_second_derivative_is_refused() {
+    const TEST: &str = "a_second_derivative_is_refused";
+    let variables = [("CANDLE_GRAD_DO_NOT_DETACH", "1")];
+    in_own_process(TEST, &variables, Duration::from_secs(60), || {
+        let (_, bn) = fresh(3)?;
+        let x = Var::from_tensor(&random_tensor(&mut Random::new(41), &[4, 3, 2, 2], DType::F32)?)?;
+        for train in [true, false] {
+            let y = bn.forward_t(&x, train)?;
+            let (error, text) = failure(y.sqr()?.sum_all()?.backward());
+            assert!(matches!(error, Error::BackwardNotSupported { .. }), "{error}");
+            assert_says(
+                &text,
+                &["batch-norm", "twice", "backward", "[4, 3, 2, 2]", "F32", "Cpu"],
+            );
+            let gradients = y.sum_all()?.backward()?;
+            assert!(!gradients.get(&x).expect("a gradient").track_op());
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn a_module_is_not_made_of_what_does_not_fit() -> Result<()> {
     let ones = |len: usize, dtype| Tensor::ones(len, dtype, CPU).unwrap();

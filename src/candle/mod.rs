@@ -101,7 +101,9 @@
 //! - One value per channel in training is an error; candle-nn makes NaN of the running variance.
 //! - The running statistics are changed where they lie; on a GPU by the kernel that computes y.
 //! - `remove_mean: false` is candle-nn's own code, unfused.
-//! - The operation has no second derivative.
+//! - The operation has no second derivative. Where candle tracks gradients (`CANDLE_GRAD_DO_NOT_DETACH`), a backward pass
+//!   with a gradient that is tracked is [`Error::BackwardNotSupported`]; with one that is not, as of a loss linear in y, it
+//!   yields gradients that are constants.
 //!
 //! # Errors
 //!

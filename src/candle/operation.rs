@@ -27,6 +27,9 @@ use crate::shape::{Layout as MemoryOrder, Shape};
 /// The name that candle's messages call it by.
 pub(super) const NAME: &str = "batch-norm";
 
+/// What candle is told if it asks for gradients that can be differentiated again.
+const TWICE: &str = "batch-norm, differentiated twice";
+
 /// `$body` with the type `$element` that `$dtype` stands for.
 macro_rules! with_element {
     ($dtype:expr, $element:ident => $body:expr) => {
@@ -375,6 +378,8 @@ impl Operation {
 
     fn backward(&self, arguments: Arguments<&Tensor>, y: &Tensor, dy: &Tensor) -> Result<Results> {
         let results = match arguments.x.device() {
+            // The gradients are made by kernels, and would be constants to a second derivative.
+            _ if dy.track_op() => Err(Error::BackwardNotSupported { op: TWICE }.bt()),
             candle_core::Device::Cpu => self.backward_on::<Cpu>(arguments, y, dy),
             #[cfg(feature = "candle-cuda")]
             candle_core::Device::Cuda(_) => self.backward_on::<crate::Cuda>(arguments, y, dy),
