@@ -299,6 +299,132 @@ fn any_memory_order_gives_the_same_numbers() -> Result<()> {
     Ok(())
 }
 
+/// Views of less memory than they have elements, and a matrix on its side: bits as of contiguous tensors.
+#[test]
+fn views_that_repeat_or_turn_give_the_same_numbers() -> Result<()> {
+    type View = fn(&Tensor) -> Result<Tensor>;
+    let views: [(&str, &[usize], View); 6] = [
+        ("one image", &[1, 6, 5, 3], |base| base.broadcast_as((4, 6, 5, 3))),
+        ("one value per channel", &[1, 6, 1, 1], |base| {
+            base.broadcast_as((4, 6, 5, 3))
+        }),
+        ("one channel", &[4, 1, 5, 3], |base| base.broadcast_as((4, 6, 5, 3))),
+        ("one row, channels last", &[4, 1, 3, 6], |base| {
+            base.broadcast_as((4, 5, 3, 6))?.permute((0, 3, 1, 2))
+        }),
+        ("a matrix on its side", &[6, 8], Tensor::t),
+        ("one column", &[1, 6], |base| base.broadcast_as((8, 6))),
+    ];
+    let mut random = Random::new(43);
+    for (what, dims, view) in views {
+        let mut tensor = |dims: &[usize]| {
+            let values: Vec<f32> = (0..dims.iter().product()).map(|_| random.normal() as f32).collect();
+            Tensor::from_vec(values, dims, CPU)
+        };
+        let base = tensor(dims)?;
+        let other = tensor(view(&base)?.dims())?;
+        for train in [true, false] {
+            // The view as x and as residual; y, the running variance, and the gradients at both.
+            let step = |contiguous: bool, as_x: bool| -> Result<[Tensor; 4]> {
+                let (_, bn) = fresh(6)?;
+                let (base, other) = (Var::from_tensor(&base)?, Var::from_tensor(&other)?);
+                let mut viewed = view(&base)?;
+                assert!(!viewed.is_contiguous(), "{what}");
+                if contiguous {
+                    viewed = viewed.contiguous()?;
+                }
+                let (x, residual) = if as_x {
+                    (&viewed, other.as_tensor())
+                } else {
+                    (other.as_tensor(), &viewed)
+                };
+                let y = bn.forward_add_relu_t(x, residual, train)?;
+                let gradients = y.powf(3.0)?.sum_all()?.backward()?;
+                let gradient = |of: &Tensor| gradients.get(of).expect("a gradient").clone();
+                Ok([y, bn.running_var().copy()?, gradient(&base), gradient(&other)])
+            };
+            for as_x in [true, false] {
+                for (number, (got, want)) in step(false, as_x)?.iter().zip(&step(true, as_x)?).enumerate() {
+                    let what = format!("{what}, as x {as_x}, train {train}: result {number}");
+                    assert_eq!(values(got), values(want), "{what}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Nothing but the residual is a variable: its gradient alone is asked for.
+#[test]
+fn a_residual_may_be_all_that_is_differentiated() -> Result<()> {
+    let mut random = Random::new(47);
+    let x = random_tensor(&mut random, &[4, 3, 2, 5], DType::F64)?;
+    let residual = Var::from_tensor(&random_tensor(&mut random, &[4, 3, 2, 5], DType::F64)?)?;
+    for frozen_affine in [true, false] {
+        for train in [true, false] {
+            let module = || -> Result<BatchNorm2d> {
+                let tensor = |value: f64| Tensor::full(value, 3, CPU);
+                let (mean, variance) = (tensor(0.5)?, tensor(2.0)?);
+                if frozen_affine {
+                    BatchNorm2d::new(3, mean, variance, tensor(-1.5)?, tensor(0.25)?, 1e-5)
+                } else {
+                    BatchNorm2d::new_no_bias(3, mean, variance, 1e-5)
+                }
+            };
+            let fused = module()?.forward_add_relu_t(&x, &residual, train)?;
+            let apart = (module()?.forward_t(&x, train)? + residual.as_tensor())?.relu()?;
+            assert!(difference(&fused, &apart)? < 1e-14);
+            let gradients = fused.powf(3.0)?.sum_all()?.backward()?;
+            let want = apart.powf(3.0)?.sum_all()?.backward()?;
+            let gradient = gradients.get(&residual).expect("a gradient");
+            assert!(difference(gradient, want.get(&residual).expect("a gradient"))? < 1e-13);
+            assert!(gradients.get(&x).is_none());
+        }
+    }
+    Ok(())
+}
+
+/// Gradients by the running statistics, which are constants.
+#[test]
+fn evaluation_is_differentiated_as_in_candle_nn() -> Result<()> {
+    let mut random = Random::new(53);
+    for (dtype, limit) in [(DType::F32, 1e-5), (DType::F64, 1e-13)] {
+        let dims = [4, 3, 5, 2];
+        let mut var = |dims: &[usize]| {
+            let values: Vec<f64> = (0..dims.iter().product()).map(|_| random.normal()).collect();
+            Var::from_tensor(&Tensor::from_vec(values, dims, CPU)?.to_dtype(dtype)?)
+        };
+        let (x, weight, bias, mean) = (var(&dims)?, var(&[3])?, var(&[3])?, var(&[3])?);
+        let variance = (var(&[3])?.sqr()? + 0.5)?.detach();
+        let dy = var(&dims)?.as_detached_tensor();
+        let tensors = || {
+            [
+                mean.as_detached_tensor(),
+                variance.clone(),
+                weight.as_tensor().clone(),
+                bias.as_tensor().clone(),
+            ]
+        };
+        let [m, v, w, b] = tensors();
+        let own = BatchNorm2d::new(3, m, v, w, b, 1e-3)?;
+        let [m, v, w, b] = tensors();
+        let theirs = candle_nn::BatchNorm::new(3, m, v, w, b, 1e-3)?;
+        let gradients = |y: Tensor| (y.sqr()? * &dy)?.sum_all()?.backward();
+        let (own, theirs) = (
+            gradients(own.forward_t(&x, false)?)?,
+            gradients(theirs.forward_t(&x, false)?)?,
+        );
+        for variable in [&x, &weight, &bias] {
+            let (own, theirs) = (
+                own.get(variable).expect("a gradient"),
+                theirs.get(variable).expect("a gradient"),
+            );
+            assert!(difference(own, theirs)? < limit, "{dtype:?}");
+        }
+    }
+    Ok(())
+}
+
 fn names(variables: &VarMap) -> Vec<String> {
     let mut names: Vec<_> = variables.data().lock().unwrap().keys().cloned().collect();
     names.sort();
