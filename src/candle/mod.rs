@@ -100,7 +100,10 @@
 //! - Half-precision tensors can be trained with. Running statistics of half precision are copied to `F32`.
 //! - One value per channel in training is an error; candle-nn makes NaN of the running variance.
 //! - The running statistics are changed where they lie; on a GPU by the kernel that computes y.
-//! - `remove_mean: false` is candle-nn's own code, unfused.
+//! - `remove_mean: false` is candle-nn's own code, unfused: it divides by the root of the mean square, moves the running
+//!   variance alone in training and counts no batches, but in evaluation subtracts the running mean, as candle-nn does. x
+//!   and the residual are converted to the dtype of the parameters and y back, so that half precision can be trained with
+//!   there too; candle-nn itself refuses it.
 //! - The operation has no second derivative. Where candle tracks gradients (`CANDLE_GRAD_DO_NOT_DETACH`), a backward pass
 //!   with a gradient that is tracked is [`Error::BackwardNotSupported`]; with one that is not, as of a loss linear in y, it
 //!   yields gradients that are constants.
@@ -611,7 +614,7 @@ impl Module for Inference {
     }
 }
 
-/// candle-nn's own normalisation, with the epilogue behind it.
+/// candle-nn's own normalisation, with the epilogue behind it, in the dtype of the parameters, which is all that it takes.
 fn unfused(
     candle: &candle_nn::BatchNorm,
     x: &Tensor,
@@ -619,15 +622,17 @@ fn unfused(
     epilogue: Epilogue,
     train: bool,
 ) -> Result<Tensor> {
-    let y = candle.forward_t(x, train)?;
-    match (epilogue, residual) {
-        (Epilogue::Identity, _) => Ok(y),
-        (_, None) => y.relu(),
-        (_, Some(residual)) => (y + residual)?.relu(),
-    }
+    let dtype = candle.running_var().dtype();
+    let y = candle.forward_t(&converted(x, dtype)?, train)?;
+    let y = match (epilogue, residual) {
+        (Epilogue::Identity, _) => y,
+        (_, None) => y.relu()?,
+        (_, Some(residual)) => (y + converted(residual, dtype)?)?.relu()?,
+    };
+    converted(&y, x.dtype())
 }
 
-/// A tensor that may be of half precision, in the dtype of a module's numbers.
+/// The tensor in this dtype.
 fn converted(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
     if tensor.dtype() == dtype {
         return Ok(tensor.clone());
