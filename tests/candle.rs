@@ -835,11 +835,16 @@ fn without_removing_the_mean_it_is_candle_nn() -> Result<()> {
     assert_eq!(values(own.running_mean()), [0.0; 3], "the mean does not move");
     for dtype in [DType::F16, DType::BF16] {
         let vb = || VarBuilder::from_varmap(&VarMap::new(), dtype, CPU);
-        let (own, in_single) = (batch_norm(3, config, vb())?, candle_nn::batch_norm(3, config, vb().to_dtype(DType::F32))?);
+        let (own, in_single) = (
+            batch_norm(3, config, vb())?,
+            candle_nn::batch_norm(3, config, vb().to_dtype(DType::F32))?,
+        );
         let (x, residual) = (x.to_dtype(dtype)?, residual.to_dtype(dtype)?);
         let single = |tensor: &Tensor| tensor.to_dtype(DType::F32);
         for train in [true, false] {
-            let want = (in_single.forward_t(&single(&x)?, train)? + single(&residual)?)?.relu()?.to_dtype(dtype)?;
+            let want = (in_single.forward_t(&single(&x)?, train)? + single(&residual)?)?
+                .relu()?
+                .to_dtype(dtype)?;
             let got = own.forward_add_relu_t(&x, &residual, train)?;
             assert_eq!(got.dtype(), dtype);
             assert_eq!(values(&single(&got)?), values(&single(&want)?));

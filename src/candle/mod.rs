@@ -64,6 +64,15 @@
 //! (`channels_last`, such as a permuted tensor) are taken as they are, at any offset, and y has the memory order of x;
 //! others are copied first, and a residual in another order than x is brought into that of x.
 //!
+//! On a GPU each pass is at most two kernels of this crate (a test counts them). candle puts others on the stream, all but the
+//! last two over one value per channel:
+//!
+//! - with a residual, two copies that join weight and bias, since candle's operations have three arguments at most;
+//! - in evaluation of what is differentiated, two copies of the running statistics of that moment;
+//! - for weight and bias of half precision or as views that are not contiguous, a conversion or a copy each;
+//! - in the backward pass, zeros and a sum for every gradient: of weight and bias, of x and the residual;
+//! - a copy of x or of the residual where it has to be copied.
+//!
 //! With N, H, W, C two things remain that are candle's. Its tensors are made in the order of their dimensions, so y is a
 //! permuted view, and the backward pass of that view costs a tensor of zeros and a sum. And the gradient that is left for x
 //! is a sum with zeros in the order N, C, H, W, although the pass makes it in that of x.
