@@ -137,7 +137,9 @@ use candle_nn::{BatchNormConfig, Init, VarBuilder};
 
 use self::operation::{Call, NAME, Operation, Ordered, Statistics, Update};
 use self::shared::Shared;
+use self::storage::Device as _;
 use crate::config::{BatchNorm2dConfig, Momentum};
+use crate::cpu::Cpu;
 use crate::element::Dtype;
 use crate::epilogue::Epilogue;
 use crate::shape::{Layout, Shape};
@@ -365,11 +367,14 @@ impl BatchNorm2d {
 
     /// Refuses running statistics that share memory with each other or with the parameters: a pass locks them to write.
     fn check_apart(&self) -> Result<()> {
-        let address = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr();
-        let (mean, variance) = (address(&self.running_mean), address(&self.running_var));
-        let shared = |tensor: &Tensor| [mean, variance].contains(&address(tensor));
-        let parameters = self.weight_and_bias.as_ref();
-        if mean == variance || parameters.is_some_and(|(weight, bias)| shared(weight) || shared(bias)) {
+        let (mean, variance) = (address(&self.running_mean)?, address(&self.running_var)?);
+        let mut shared = mean == variance;
+        if let Some((weight, bias)) = &self.weight_and_bias {
+            for parameter in [weight, bias] {
+                shared |= [mean, variance].contains(&address(parameter)?);
+            }
+        }
+        if shared {
             return Err(Error::msg(format_args!(
                 "{NAME}: running_mean and running_var must not share memory with each other, weight or bias"
             ))
@@ -485,6 +490,9 @@ impl BatchNorm2d {
 
         // The operation is of the tensors as they came: what it needs of another order it copies, and no node of candle's
         // graph, which would cost the backward pass two more tensors each, stands between.
+        let x = &self.apart(x)?;
+        let residual = residual.map(|residual| self.apart(residual)).transpose()?;
+        let residual = residual.as_ref();
         let found = memory_order(x)?;
         let layout = found.unwrap_or(Layout::Nchw);
         let ordered = Ordered {
@@ -521,6 +529,21 @@ impl BatchNorm2d {
             Layout::Nchw => Ok(y),
             Layout::Nhwc => channels_second(&y),
         }
+    }
+
+    /// The tensor, or a copy in candle's graph where it repeats the numbers of a running statistic: candle locks what an
+    /// operation is of, and the operation would wait for itself.
+    fn apart(&self, tensor: &Tensor) -> Result<Tensor> {
+        // A tensor of either order has more numbers than a running statistic.
+        if memory_order(tensor)?.is_none() {
+            let memory = address(tensor)?;
+            for running in [&self.running_mean, &self.running_var] {
+                if memory == address(running)? {
+                    return tensor.contiguous();
+                }
+            }
+        }
+        Ok(tensor.clone())
     }
 
     /// Refuses what cannot be normalised, before anything is changed.
@@ -657,6 +680,14 @@ fn parameter(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
     } else {
         tensor.contiguous()
     }
+}
+
+/// Where a tensor's memory is kept, the same for all that share it.
+fn address(tensor: &Tensor) -> Result<usize> {
+    if tensor.device().is_cpu() {
+        return Cpu::look(tensor, |(memory, _)| Ok(std::ptr::from_ref(memory).addr()));
+    }
+    Ok(std::ptr::from_ref(&*tensor.storage_and_layout().0).addr())
 }
 
 /// The order of a tensor's memory, if it has one of the two: [N, C, ..], or [N, .., C].
