@@ -4,7 +4,10 @@
 mod common;
 
 use std::collections::HashMap;
+use std::env;
+use std::process::{Child, Command, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use batchnorm_cuda::candle::{BatchNorm2d, batch_norm, batch_norm2d};
 use batchnorm_cuda::{BatchNorm2dConfig, Epilogue, Layout, Shape, StateDict};
@@ -13,6 +16,7 @@ use candle_nn::{BatchNormConfig, Optimizer, SGD, VarBuilder, VarMap};
 use common::candle::{assert_every_form_as_in, assert_golden_files_as_in};
 use common::golden::{File, folder};
 use common::{Case, Random, cpu, run};
+use rayon::prelude::*;
 
 const CPU: &Device = &Device::Cpu;
 
@@ -295,6 +299,132 @@ fn any_memory_order_gives_the_same_numbers() -> Result<()> {
     Ok(())
 }
 
+/// Views of less memory than they have elements, and a matrix on its side: bits as of contiguous tensors.
+#[test]
+fn views_that_repeat_or_turn_give_the_same_numbers() -> Result<()> {
+    type View = fn(&Tensor) -> Result<Tensor>;
+    let views: [(&str, &[usize], View); 6] = [
+        ("one image", &[1, 6, 5, 3], |base| base.broadcast_as((4, 6, 5, 3))),
+        ("one value per channel", &[1, 6, 1, 1], |base| {
+            base.broadcast_as((4, 6, 5, 3))
+        }),
+        ("one channel", &[4, 1, 5, 3], |base| base.broadcast_as((4, 6, 5, 3))),
+        ("one row, channels last", &[4, 1, 3, 6], |base| {
+            base.broadcast_as((4, 5, 3, 6))?.permute((0, 3, 1, 2))
+        }),
+        ("a matrix on its side", &[6, 8], Tensor::t),
+        ("one column", &[1, 6], |base| base.broadcast_as((8, 6))),
+    ];
+    let mut random = Random::new(43);
+    for (what, dims, view) in views {
+        let mut tensor = |dims: &[usize]| {
+            let values: Vec<f32> = (0..dims.iter().product()).map(|_| random.normal() as f32).collect();
+            Tensor::from_vec(values, dims, CPU)
+        };
+        let base = tensor(dims)?;
+        let other = tensor(view(&base)?.dims())?;
+        for train in [true, false] {
+            // The view as x and as residual; y, the running variance, and the gradients at both.
+            let step = |contiguous: bool, as_x: bool| -> Result<[Tensor; 4]> {
+                let (_, bn) = fresh(6)?;
+                let (base, other) = (Var::from_tensor(&base)?, Var::from_tensor(&other)?);
+                let mut viewed = view(&base)?;
+                assert!(!viewed.is_contiguous(), "{what}");
+                if contiguous {
+                    viewed = viewed.contiguous()?;
+                }
+                let (x, residual) = if as_x {
+                    (&viewed, other.as_tensor())
+                } else {
+                    (other.as_tensor(), &viewed)
+                };
+                let y = bn.forward_add_relu_t(x, residual, train)?;
+                let gradients = y.powf(3.0)?.sum_all()?.backward()?;
+                let gradient = |of: &Tensor| gradients.get(of).expect("a gradient").clone();
+                Ok([y, bn.running_var().copy()?, gradient(&base), gradient(&other)])
+            };
+            for as_x in [true, false] {
+                for (number, (got, want)) in step(false, as_x)?.iter().zip(&step(true, as_x)?).enumerate() {
+                    let what = format!("{what}, as x {as_x}, train {train}: result {number}");
+                    assert_eq!(values(got), values(want), "{what}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Nothing but the residual is a variable: its gradient alone is asked for.
+#[test]
+fn a_residual_may_be_all_that_is_differentiated() -> Result<()> {
+    let mut random = Random::new(47);
+    let x = random_tensor(&mut random, &[4, 3, 2, 5], DType::F64)?;
+    let residual = Var::from_tensor(&random_tensor(&mut random, &[4, 3, 2, 5], DType::F64)?)?;
+    for frozen_affine in [true, false] {
+        for train in [true, false] {
+            let module = || -> Result<BatchNorm2d> {
+                let tensor = |value: f64| Tensor::full(value, 3, CPU);
+                let (mean, variance) = (tensor(0.5)?, tensor(2.0)?);
+                if frozen_affine {
+                    BatchNorm2d::new(3, mean, variance, tensor(-1.5)?, tensor(0.25)?, 1e-5)
+                } else {
+                    BatchNorm2d::new_no_bias(3, mean, variance, 1e-5)
+                }
+            };
+            let fused = module()?.forward_add_relu_t(&x, &residual, train)?;
+            let apart = (module()?.forward_t(&x, train)? + residual.as_tensor())?.relu()?;
+            assert!(difference(&fused, &apart)? < 1e-14);
+            let gradients = fused.powf(3.0)?.sum_all()?.backward()?;
+            let want = apart.powf(3.0)?.sum_all()?.backward()?;
+            let gradient = gradients.get(&residual).expect("a gradient");
+            assert!(difference(gradient, want.get(&residual).expect("a gradient"))? < 1e-13);
+            assert!(gradients.get(&x).is_none());
+        }
+    }
+    Ok(())
+}
+
+/// Gradients by the running statistics, which are constants.
+#[test]
+fn evaluation_is_differentiated_as_in_candle_nn() -> Result<()> {
+    let mut random = Random::new(53);
+    for (dtype, limit) in [(DType::F32, 1e-5), (DType::F64, 1e-13)] {
+        let dims = [4, 3, 5, 2];
+        let mut var = |dims: &[usize]| {
+            let values: Vec<f64> = (0..dims.iter().product()).map(|_| random.normal()).collect();
+            Var::from_tensor(&Tensor::from_vec(values, dims, CPU)?.to_dtype(dtype)?)
+        };
+        let (x, weight, bias, mean) = (var(&dims)?, var(&[3])?, var(&[3])?, var(&[3])?);
+        let variance = (var(&[3])?.sqr()? + 0.5)?.detach();
+        let dy = var(&dims)?.as_detached_tensor();
+        let tensors = || {
+            [
+                mean.as_detached_tensor(),
+                variance.clone(),
+                weight.as_tensor().clone(),
+                bias.as_tensor().clone(),
+            ]
+        };
+        let [m, v, w, b] = tensors();
+        let own = BatchNorm2d::new(3, m, v, w, b, 1e-3)?;
+        let [m, v, w, b] = tensors();
+        let theirs = candle_nn::BatchNorm::new(3, m, v, w, b, 1e-3)?;
+        let gradients = |y: Tensor| (y.sqr()? * &dy)?.sum_all()?.backward();
+        let (own, theirs) = (
+            gradients(own.forward_t(&x, false)?)?,
+            gradients(theirs.forward_t(&x, false)?)?,
+        );
+        for variable in [&x, &weight, &bias] {
+            let (own, theirs) = (
+                own.get(variable).expect("a gradient"),
+                theirs.get(variable).expect("a gradient"),
+            );
+            assert!(difference(own, theirs)? < limit, "{dtype:?}");
+        }
+    }
+    Ok(())
+}
+
 fn names(variables: &VarMap) -> Vec<String> {
     let mut names: Vec<_> = variables.data().lock().unwrap().keys().cloned().collect();
     names.sort();
@@ -400,6 +530,61 @@ fn half_precision_has_variables_of_f32() -> Result<()> {
         let rounded: Vec<f32> = values(&y.to_dtype(DType::F32)?).iter().map(|y| y.round()).collect();
         assert_eq!(rounded, [-1.0, -1.0, 1.0, 1.0]);
     }
+    Ok(())
+}
+
+/// A module of half-precision tensors, which candle-nn makes too: parameters that are variables are trained, running
+/// statistics are copies.
+#[test]
+fn modules_are_made_of_half_precision() -> Result<()> {
+    let mut random = Random::new(37);
+    for dtype in [DType::F16, DType::BF16] {
+        let ulp = if dtype == DType::F16 { 1e-3 } else { 1e-2 };
+        let var = |values: [f32; 3]| Var::from_tensor(&Tensor::new(&values, CPU)?.to_dtype(dtype)?);
+        let (mean, variance) = (var([0.5, -1.0, 2.0])?, var([1.5, 0.25, 4.0])?);
+        let (weight, bias) = (var([1.0, -2.0, 0.5])?, var([0.0, 0.25, 1.0])?);
+        let tensors = || [&mean, &variance, &weight, &bias].map(|of| of.as_tensor().clone());
+        let [m, v, w, b] = tensors();
+        let bn = BatchNorm2d::new(3, m, v, w, b, 1e-5)?;
+        let [m, v, w, b] = tensors();
+        let candle = candle_nn::BatchNorm::new(3, m, v, w, b, 1e-5)?;
+
+        let x = random_tensor(&mut random, &[4, 3, 2, 2], dtype)?;
+        let evaluated = (bn.forward_t(&x, false)?, candle.forward_t(&x, false)?);
+        // candle-nn rounds on the way.
+        assert!(difference(&evaluated.0, &evaluated.1)? < 4.0 * ulp, "{dtype:?}");
+
+        assert_eq!(bn.running_mean().dtype(), DType::F32);
+        let mut optimizer = SGD::new(vec![weight.clone(), bias.clone()], 0.5)?;
+        let before = [
+            values(&weight.to_dtype(DType::F32)?),
+            values(&bias.to_dtype(DType::F32)?),
+        ];
+        let y = bn.forward_t(&x, true)?;
+        optimizer.backward_step(&y.to_dtype(DType::F32)?.powf(3.0)?.sum_all()?)?;
+        let after = [
+            values(&weight.to_dtype(DType::F32)?),
+            values(&bias.to_dtype(DType::F32)?),
+        ];
+        assert_ne!(before, after, "{dtype:?}: the variables move");
+        assert_eq!(bn.weight_and_bias().expect("affine").0.id(), weight.id());
+        assert!(
+            difference(&bn.forward_t(&x, true)?, &y)? > 0.1,
+            "{dtype:?}: y is by the moved ones"
+        );
+        // The running statistics moved are the module's own.
+        assert_ne!(values(bn.running_mean()), [0.5, -1.0, 2.0]);
+        assert_eq!(values(&mean.to_dtype(DType::F32)?), [0.5, -1.0, 2.0]);
+    }
+
+    // Mixed with single precision, but not with double.
+    let ones = |dtype| Tensor::ones(3, dtype, CPU).unwrap();
+    let new = |mean, weight| BatchNorm2d::new(3, ones(mean), ones(DType::F32), ones(weight), ones(DType::BF16), 1e-5);
+    new(DType::F16, DType::F32)?;
+    new(DType::F32, DType::F16)?;
+    let (error, text) = failure(new(DType::F64, DType::F16));
+    assert!(matches!(error, Error::UnexpectedDType { .. }), "{error}");
+    assert_says(&text, &["running_var", "[3]", "F64", "F32"]);
     Ok(())
 }
 
@@ -521,6 +706,128 @@ fn threads_may_train_one_module() -> Result<()> {
     Ok(())
 }
 
+/// Runs a scenario in a process of its own with these variables of the environment, and fails if it takes longer than
+/// `limit`. `test` is the full name of the test that calls.
+fn in_own_process(test: &str, variables: &[(&str, &str)], limit: Duration, scenario: impl FnOnce() -> Result<()>) {
+    /// Ends the process also where the test fails.
+    struct Ended(Child);
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            // It may have ended by itself.
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    const INSIDE: &str = "BATCHNORM_CANDLE_TEST_INSIDE";
+    if env::var_os(INSIDE).is_some_and(|name| name == test) {
+        return scenario().unwrap();
+    }
+    let mut process = Ended(
+        Command::new(env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture"])
+            .env(INSIDE, test)
+            .envs(variables.iter().copied())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    let start = Instant::now();
+    loop {
+        if let Some(status) = process.0.try_wait().unwrap() {
+            assert!(status.success(), "{test}: {status}");
+            return;
+        }
+        assert!(start.elapsed() < limit, "{test}: not done after {limit:?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A thread of rayon's pool that waits for the others takes up another task, here another call of the same module. It must
+/// hold no lock then that the call wants.
+#[test]
+fn tasks_of_one_pool_may_share_a_module() {
+    const TEST: &str = "tasks_of_one_pool_may_share_a_module";
+    const ROUNDS: usize = 15;
+    const TASKS: usize = 10;
+    let variables = [("RAYON_NUM_THREADS", "3")];
+    in_own_process(TEST, &variables, Duration::from_secs(240), || {
+        let mut random = Random::new(31);
+        // More than the 1 MiB below which a pass keeps to its thread.
+        let small = Var::from_tensor(&random_tensor(&mut random, &[8, 16, 64, 64], DType::F32)?)?;
+        let big = Tensor::ones((32, 16, 128, 128), DType::F32, CPU)?;
+        let differentiated = |y: &Tensor| -> Vec<f32> {
+            let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            values(gradients.get(&small).expect("a gradient"))
+        };
+        let step = |bn: &BatchNorm2d, train: bool| differentiated(&bn.forward_relu_t(&small, train).unwrap());
+        let alone = step(&fresh(16)?.1, true);
+        // One step that several tasks differentiate at once.
+        let (_, other) = fresh(16)?;
+        let y = other.forward_relu_t(&small, true)?;
+        let (variables, bn) = fresh(16)?;
+        let (weight, bias) = bn.weight_and_bias().expect("affine");
+        let parameters: Vec<Var> = variables
+            .all_vars()
+            .into_iter()
+            .filter(|variable| [weight.id(), bias.id()].contains(&variable.id()))
+            .collect();
+        for train in [true, false] {
+            for round in 0..ROUNDS {
+                // One thread sleeps and comes to help, one gives others work to take up, and one is in a long pass.
+                rayon::scope(|scope| {
+                    scope.spawn(|_| thread::sleep(Duration::from_millis(8)));
+                    scope.spawn(|_| {
+                        thread::sleep(Duration::from_millis(3));
+                        (0..TASKS).into_par_iter().for_each(|task| match task % 5 {
+                            0 => drop(bn.forward_t(&small, true).unwrap()),
+                            1 => assert_eq!(step(&bn, true), alone, "round {round}"),
+                            2 => drop(step(&bn, false)),
+                            3 => assert_eq!(differentiated(&y), alone, "round {round}"),
+                            // As an optimiser moves the parameters, though not far.
+                            _ => {
+                                for parameter in &parameters {
+                                    parameter.set(&parameter.as_tensor().copy().unwrap()).unwrap();
+                                }
+                            }
+                        });
+                    });
+                    scope.spawn(|_| drop(bn.forward_t(&big, train).unwrap()));
+                });
+            }
+        }
+        let trained = 2 * ROUNDS * (2 * TASKS / 5) + ROUNDS;
+        assert_eq!(bn.num_batches_tracked().to_scalar::<i64>()?, trained as i64);
+        Ok(())
+    });
+}
+
+/// The numbers that a pass moves may be what it is of: it does not wait for itself.
+#[test]
+fn running_statistics_may_be_arguments() {
+    const TEST: &str = "running_statistics_may_be_arguments";
+    in_own_process(TEST, &[], Duration::from_secs(60), || {
+        let mut random = Random::new(59);
+        let x = random_tensor(&mut random, &[4, 3, 2, 2], DType::F32)?;
+        let (_, bn) = fresh(3)?;
+        bn.forward_t(&x, true)?;
+        let repeated = bn.running_mean().reshape((1, 3, 1, 1))?.broadcast_as((4, 3, 2, 2))?;
+        let copy = repeated.detach().force_contiguous()?;
+        for train in [false, true] {
+            let (_, twin) = fresh(3)?;
+            twin.forward_t(&x, true)?;
+            let (y, want) = (
+                bn.forward_add_relu_t(&x, &repeated, train)?,
+                twin.forward_add_relu_t(&x, &copy, train)?,
+            );
+            assert_eq!(values(&y), values(&want));
+            assert_eq!(values(bn.running_mean()), values(twin.running_mean()));
+        }
+        bn.forward_t(&repeated, true)?;
+        Ok(())
+    });
+}
+
 #[test]
 fn inference_is_a_module() -> Result<()> {
     let (_, bn) = fresh(2)?;
@@ -555,6 +862,28 @@ fn without_removing_the_mean_it_is_candle_nn() -> Result<()> {
     assert_eq!(values(&own.forward_relu_t(&x, false)?), values(&want.relu()?));
     let want = (want + &residual)?.relu()?;
     assert_eq!(values(&own.forward_add_relu_t(&x, &residual, false)?), values(&want));
+
+    assert_eq!(own.num_batches_tracked().to_scalar::<i64>()?, 0, "no batch is counted");
+    assert_eq!(values(own.running_mean()), [0.0; 3], "the mean does not move");
+    for dtype in [DType::F16, DType::BF16] {
+        let vb = || VarBuilder::from_varmap(&VarMap::new(), dtype, CPU);
+        let (own, in_single) = (
+            batch_norm(3, config, vb())?,
+            candle_nn::batch_norm(3, config, vb().to_dtype(DType::F32))?,
+        );
+        let (x, residual) = (x.to_dtype(dtype)?, residual.to_dtype(dtype)?);
+        let single = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+        for train in [true, false] {
+            let want = (in_single.forward_t(&single(&x)?, train)? + single(&residual)?)?
+                .relu()?
+                .to_dtype(dtype)?;
+            let got = own.forward_add_relu_t(&x, &residual, train)?;
+            assert_eq!(got.dtype(), dtype);
+            assert_eq!(values(&single(&got)?), values(&single(&want)?));
+            assert_eq!(values(own.running_var()), values(in_single.running_var()));
+        }
+        assert!(candle_nn::batch_norm(3, config, vb())?.forward_t(&x, true).is_err());
+    }
     Ok(())
 }
 
@@ -622,11 +951,19 @@ fn errors_are_candles_and_say_what_came() -> Result<()> {
     assert!(matches!(error, Error::UnexpectedNumberOfDims { got: 1, .. }), "{error}");
     assert_says(&text, &["batch-norm", "[3]", "F32"]);
 
-    let (_, text) = failure(bn.forward_t(&zeros(&[2, 4, 4, 4], DType::F32), true));
-    assert_says(
-        &text,
-        &["[2, 4, 4, 4]", "expected 3 channels (num_features), got 4", "F32"],
-    );
+    for dims in [&[2, 4, 4, 4][..], &[1, 4, 1, 1], &[1, 4], &[2, 1, 5]] {
+        for train in [true, false] {
+            let (error, text) = failure(bn.forward_t(&zeros(dims, DType::F32), train));
+            let Error::UnexpectedShape { expected, got, .. } = error else {
+                panic!("{error}")
+            };
+            let mut wanted = dims.to_vec();
+            wanted[1] = 3;
+            assert_eq!((expected.dims(), got.dims()), (&wanted[..], dims));
+            let got = format!("{} channels", wanted[1]);
+            assert_says(&text, &[&got, &format!("{dims:?}"), &format!("{wanted:?}"), "F32"]);
+        }
+    }
 
     for train in [true, false] {
         for (dtype, name) in [(DType::F64, "F64"), (DType::U8, "U8"), (DType::I64, "I64")] {
@@ -663,15 +1000,38 @@ fn errors_are_candles_and_say_what_came() -> Result<()> {
 
     let (error, text) = failure(bn.forward_add_relu_t(&x, &zeros(&[2, 3, 4, 5], DType::F32), true));
     assert!(matches!(error, Error::ShapeMismatchBinaryOp { .. }), "{error}");
-    assert_says(&text, &["[2, 3, 4, 4]", "[2, 3, 4, 5]"]);
+    assert_says(&text, &["[2, 3, 4, 4]", "[2, 3, 4, 5]", "F32"]);
     let (error, text) = failure(bn.forward_add_relu_t(&x, &zeros(&[2, 3, 4, 4], DType::F16), true));
     assert!(matches!(error, Error::DTypeMismatchBinaryOp { .. }), "{error}");
-    assert_says(&text, &["F32", "F16"]);
+    assert_says(&text, &["[2, 3, 4, 4]", "F32", "F16"]);
 
     // After all these errors the module is as it was.
     assert_eq!(bn.num_batches_tracked().to_scalar::<i64>()?, 0);
     assert_eq!(values(bn.running_var()), [1.0; 3]);
     Ok(())
+}
+
+/// Where candle keeps the graph of gradients, in its own environment variable, a second derivative is refused, not wrong.
+#[test]
+fn a_second_derivative_is_refused() {
+    const TEST: &str = "a_second_derivative_is_refused";
+    let variables = [("CANDLE_GRAD_DO_NOT_DETACH", "1")];
+    in_own_process(TEST, &variables, Duration::from_secs(60), || {
+        let (_, bn) = fresh(3)?;
+        let x = Var::from_tensor(&random_tensor(&mut Random::new(41), &[4, 3, 2, 2], DType::F32)?)?;
+        for train in [true, false] {
+            let y = bn.forward_t(&x, train)?;
+            let (error, text) = failure(y.sqr()?.sum_all()?.backward());
+            assert!(matches!(error, Error::BackwardNotSupported { .. }), "{error}");
+            assert_says(
+                &text,
+                &["batch-norm", "twice", "backward", "[4, 3, 2, 2]", "F32", "Cpu"],
+            );
+            let gradients = y.sum_all()?.backward()?;
+            assert!(!gradients.get(&x).expect("a gradient").track_op());
+        }
+        Ok(())
+    });
 }
 
 #[test]
@@ -682,12 +1042,18 @@ fn a_module_is_not_made_of_what_does_not_fit() -> Result<()> {
 
     let (error, text) = failure(new(vector(), ones(4, DType::F32), vector(), vector(), 1e-5));
     assert!(matches!(error, Error::UnexpectedShape { .. }), "{error}");
-    assert_says(&text, &["running_var", "[3]", "[4]"]);
+    assert_says(&text, &["batch-norm", "running_var", "[3]", "[4]", "F32", "Cpu"]);
     let (error, text) = failure(new(vector(), vector(), ones(3, DType::F64), vector(), 1e-5));
     assert!(matches!(error, Error::UnexpectedDType { .. }), "{error}");
-    assert_says(&text, &["weight", "F32", "F64"]);
+    assert_says(&text, &["weight", "[3]", "F32", "F64", "Cpu"]);
+    let (error, text) = failure(new(ones(3, DType::U32), vector(), vector(), vector(), 1e-5));
+    assert!(
+        matches!(error, Error::UnexpectedDType { got: DType::U32, .. }),
+        "{error}"
+    );
+    assert_says(&text, &["running_mean", "[3]", "U32"]);
     let (_, text) = failure(new(vector(), vector(), vector(), vector(), -1.0));
-    assert_says(&text, &["eps", "-1"]);
+    assert_says(&text, &["eps", "-1", "[3]", "F32"]);
     let momentum = f64::INFINITY;
     let (_, text) = failure(BatchNorm2d::new_no_bias_with_momentum(
         3,
@@ -706,19 +1072,25 @@ fn a_module_is_not_made_of_what_does_not_fit() -> Result<()> {
     assert_says(&text, &["must not share memory"]);
 
     let vb = |dtype| VarBuilder::zeros(dtype, CPU);
-    let (error, _) = failure(batch_norm(3, 1e-5, vb(DType::U32)));
-    assert!(
-        matches!(error, Error::UnexpectedDType { got: DType::U32, .. }),
-        "{error}"
-    );
+    for result in [
+        batch_norm(3, 1e-5, vb(DType::U32).pp("bn7")),
+        batch_norm2d(BatchNorm2dConfig::new(3), vb(DType::U32).pp("bn7")),
+    ] {
+        let (error, text) = failure(result);
+        assert!(
+            matches!(error, Error::UnexpectedDType { got: DType::U32, .. }),
+            "{error}"
+        );
+        assert_says(&text, &["batch-norm", "[3]", "U32", "bn7", "Cpu"]);
+    }
     let (_, text) = failure(batch_norm(0, 1e-5, vb(DType::F32)));
-    assert_says(&text, &["num_features"]);
+    assert_says(&text, &["num_features", "[0]", "F32"]);
     let (_, text) = failure(batch_norm(3, -1.0, vb(DType::F32)));
-    assert_says(&text, &["eps"]);
+    assert_says(&text, &["eps", "[3]", "F32"]);
     let missing = VarBuilder::from_tensors(HashMap::new(), DType::F32, CPU).pp("layer1.bn1");
     let (error, text) = failure(batch_norm(3, 1e-5, missing));
     assert!(matches!(error, Error::CannotFindTensor { .. }), "{error}");
-    assert_says(&text, &["layer1.bn1.running_mean"]);
+    assert_says(&text, &["layer1.bn1.running_mean", "[3]", "F32"]);
     Ok(())
 }
 

@@ -70,7 +70,8 @@ fn a_step_allocates_y_and_the_gradients() -> Result<()> {
         let last = nhwc.permute((0, 3, 1, 2))?;
         let framed = Tensor::cat(&[&random()?, &random()?], 0)?;
         let offset = framed.narrow(0, 4, 8)?;
-        let turned = random()?.transpose(2, 3)?;
+        let upright = Var::from_tensor(&random()?)?;
+        let turned = upright.transpose(2, 3)?;
 
         type Pass<'a> = (&'a str, usize, Box<dyn Fn(&BatchNorm2d, bool) -> Result<Tensor> + 'a>);
         let passes: [Pass; 8] = [
@@ -120,6 +121,21 @@ fn a_step_allocates_y_and_the_gradients() -> Result<()> {
             assert_eq!(backward(bn.forward_add_relu_t(&x, &residual, train)?)?, two);
             // x is no variable: the parameters' gradients need no tensor but candle's own for dy.
             assert_eq!(backward(bn.forward_t(&offset, train)?)?, one - 3);
+
+            // In another memory order, beside what candle allocates for the view that x is. y is a view too where channels
+            // are last: zeros, and the sum.
+            let viewed = |x: &Tensor| backward(x.affine(2.0, 0.0)?);
+            let (last_alone, turned_alone) = (viewed(&last)?, viewed(&turned)?);
+            assert_eq!((last_alone, turned_alone), (one + 2, one + 2));
+            assert_eq!(backward(bn.forward_t(&last, train)?)?, last_alone + 2);
+            assert_eq!(
+                backward(bn.forward_add_relu_t(&last, &last, train)?)?,
+                last_alone + 2 + 2
+            );
+            // What was copied forward costs the backward pass nothing.
+            assert_eq!(backward(bn.forward_t(&turned, train)?)?, turned_alone);
+            assert_eq!(backward(bn.forward_add_relu_t(&x, &last, train)?)?, last_alone + 3);
+            assert_eq!(backward(bn.forward_add_relu_t(&last, &x, train)?)?, last_alone + 2 + 3);
         }
     }
 

@@ -2,15 +2,16 @@
 
 use std::ops::Range;
 
-use candle_core::{CudaStorage, Result, Storage};
+use candle_core::{CudaStorage, Result, Storage, Tensor};
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut};
 
+use super::operation::Update;
 use super::shared::Shared;
-use super::storage::{Device, Stored};
+use super::storage::{Device, Moved, Place, Stored, change_all, memory};
 use super::wrap;
 use crate::backend::Backend as _;
 use crate::cuda::Cuda;
-use crate::element::Plain;
+use crate::element::{Plain, Real};
 
 impl Device for Cuda {
     type Storage = CudaStorage;
@@ -30,6 +31,21 @@ impl Device for Cuda {
 
     fn view_mut<T: Stored>(storage: &mut CudaStorage, elements: Range<usize>) -> Result<CudaViewMut<'_, T>> {
         Ok(storage.as_cuda_slice_mut::<T>()?.slice_mut(elements))
+    }
+
+    fn look<R>(tensor: &Tensor, look: impl FnOnce(Place<'_, Self>) -> Result<R>) -> Result<R> {
+        let (storage, layout) = tensor.storage_and_layout();
+        look((memory::<Self>(&storage)?, layout))
+    }
+
+    /// The kernels move them where they lie. The locks are held while launches are put on the stream, which waits for no
+    /// other thread and runs no other task.
+    fn moving<P: Real + Stored>(
+        update: &Update,
+        _channels: usize,
+        pass: impl FnOnce(Moved<'_, Self>) -> Result<()>,
+    ) -> Result<()> {
+        change_all::<Self>(update, pass)
     }
 
     fn unwritten<T: Stored>(&self, len: usize) -> Result<CudaSlice<T>> {

@@ -64,6 +64,33 @@
 //! (`channels_last`, such as a permuted tensor) are taken as they are, at any offset, and y has the memory order of x;
 //! others are copied first, and a residual in another order than x is brought into that of x.
 //!
+//! On a GPU each pass is at most two kernels of this crate (a test counts them). candle puts others on the stream, all but the
+//! last two over one value per channel:
+//!
+//! - with a residual, two copies that join weight and bias, since candle's operations have three arguments at most;
+//! - in evaluation of what is differentiated, two copies of the running statistics of that moment;
+//! - for weight and bias of half precision or as views that are not contiguous, a conversion or a copy each;
+//! - in the backward pass, zeros and a sum for every gradient: of weight and bias, of x and the residual;
+//! - a copy of x or of the residual where it has to be copied.
+//!
+//! With N, H, W, C two things remain that are candle's. Its tensors are made in the order of their dimensions, so y is a
+//! permuted view, and the backward pass of that view costs a tensor of zeros and a sum. And the gradient that is left for x
+//! is a sum with zeros in the order N, C, H, W, although the pass makes it in that of x.
+//!
+//! # Locks
+//!
+//! candle's tensors have locks. On the CPU a pass holds none that another task of the same [`rayon`] pool could want to
+//! write: parameters and, in evaluation, running statistics are copied first (a few numbers per channel), and in training
+//! the running statistics are moved after the pass, one channel after another on the calling thread. So any tasks of a pool
+//! may train and evaluate the same module. x and the residual are locked to be read, as in all of candle's operations: a
+//! task that writes over them while another task of its pool computes with them waits for itself. On a GPU the locks of the
+//! running statistics are held while the kernels are put on the stream, not while they run.
+//!
+//! Whoever locks several at once takes the running mean first, then the running variance, then the count of batches.
+//!
+//! Backward passes through one y may run at the same time. All read the statistics that its forward pass left, and each has
+//! scratch memory of its own.
+//!
 //! # What is taken
 //!
 //! | tensors | parameters and running statistics |
@@ -71,22 +98,30 @@
 //! | `F16`, `BF16`, `F32` | `F32` |
 //! | `F64` | `F64` |
 //!
-//! A [`VarBuilder`] of `F16` or `BF16` thus gives variables of `F32`. Tensors have the shape [N, C, ..] with at least two
+//! A [`VarBuilder`] of `F16` or `BF16` thus gives variables of `F32`. Where a module is made of tensors of half precision,
+//! as by [`BatchNorm2d::new`], its running statistics are copies of them in `F32`, also where they are variables: those do
+//! not move. Weight and bias stay the tensors that were given, and each call converts them, so that variables of half
+//! precision are trained. Tensors have the shape [N, C, ..] with at least two
 //! dimensions, as for candle-nn: [N, C], [N, C, L] and [N, C, D, H, W] too.
 //!
 //! # Differences from `candle_nn::BatchNorm`
 //!
-//! - Half-precision tensors can be trained with.
+//! - Half-precision tensors can be trained with. Running statistics of half precision are copied to `F32`.
 //! - One value per channel in training is an error; candle-nn makes NaN of the running variance.
-//! - The running statistics are changed where they lie, by the kernel that computes y. Meanwhile their two variables are
-//!   locked, the mean first.
-//! - `remove_mean: false` is candle-nn's own code, unfused.
-//! - The operation has no second derivative.
+//! - The running statistics are changed where they lie; on a GPU by the kernel that computes y.
+//! - `remove_mean: false` is candle-nn's own code, unfused: it divides by the root of the mean square, moves the running
+//!   variance alone in training and counts no batches, but in evaluation subtracts the running mean, as candle-nn does. x
+//!   and the residual are converted to the dtype of the parameters and y back, so that half precision can be trained with
+//!   there too; candle-nn itself refuses it.
+//! - The operation has no second derivative. Where candle tracks gradients (`CANDLE_GRAD_DO_NOT_DETACH`), a backward pass
+//!   with a gradient that is tracked is [`Error::BackwardNotSupported`]; with one that is not, as of a loss linear in y, it
+//!   yields gradients that are constants.
 //!
 //! # Errors
 //!
-//! All are [`candle_core::Error`], with shape and dtype of the tensor as their context. What [`crate::Error`] says comes
-//! as its text.
+//! All are [`candle_core::Error`]. Their context names shape, dtype and device of the tensors: of x and the residual
+//! forward, of x and of the gradient in the backward pass, of the parameter where a module is made of tensors; a builder's
+//! names its dtype and prefix. What [`crate::Error`] says comes as its text.
 
 #[cfg(feature = "candle-cuda")]
 mod cuda;
@@ -100,9 +135,11 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Error, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{BatchNormConfig, Init, VarBuilder};
 
-use self::operation::{NAME, Operation, Statistics, Update};
+use self::operation::{Call, NAME, Operation, Ordered, Statistics, Update};
 use self::shared::Shared;
+use self::storage::Device as _;
 use crate::config::{BatchNorm2dConfig, Momentum};
+use crate::cpu::Cpu;
 use crate::element::Dtype;
 use crate::epilogue::Epilogue;
 use crate::shape::{Layout, Shape};
@@ -135,7 +172,11 @@ pub struct BatchNorm2d {
 /// [`crate::Error::NoFeatures`], [`crate::Error::Eps`] and [`crate::Error::Momentum`].
 pub fn batch_norm<C: Into<BatchNormConfig>>(num_features: usize, config: C, vb: VarBuilder) -> Result<BatchNorm2d> {
     let config: BatchNormConfig = config.into();
-    let vb = vb.to_dtype(parameter_dtype(vb.dtype())?);
+    from_candles_config(num_features, config, &vb).map_err(|error| error.context(about_builder(num_features, &vb)))
+}
+
+fn from_candles_config(num_features: usize, config: BatchNormConfig, vb: &VarBuilder) -> Result<BatchNorm2d> {
+    let vb = vb.clone().to_dtype(parameter_dtype(vb.dtype())?);
     let without_mean = if config.remove_mean {
         None
     } else {
@@ -165,9 +206,21 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(num_features: usize, config: C, vb: 
 /// # Errors
 /// As [`batch_norm`].
 pub fn batch_norm2d(config: BatchNorm2dConfig, vb: VarBuilder) -> Result<BatchNorm2d> {
-    let vb = vb.to_dtype(parameter_dtype(vb.dtype())?);
+    let about = about_builder(config.num_features, &vb);
     let tracked = config.track_running_stats;
-    from_builder(config, &vb, tracked)
+    parameter_dtype(vb.dtype())
+        .and_then(|dtype| from_builder(config, &vb.to_dtype(dtype), tracked))
+        .map_err(|error| error.context(about))
+}
+
+/// What a module was to be made of, for an error's context.
+fn about_builder(num_features: usize, vb: &VarBuilder) -> String {
+    format!(
+        "{NAME} of variables of shape [{num_features}] and dtype {:?} under {:?} on {:?}",
+        vb.dtype(),
+        vb.prefix(),
+        vb.device().location()
+    )
 }
 
 fn from_builder(config: BatchNorm2dConfig, vb: &VarBuilder, counted: bool) -> Result<BatchNorm2d> {
@@ -196,7 +249,8 @@ fn from_builder(config: BatchNorm2dConfig, vb: &VarBuilder, counted: bool) -> Re
 }
 
 impl BatchNorm2d {
-    /// As [`candle_nn::BatchNorm::new`]. Tensors that are no variables are copied for the running statistics.
+    /// As [`candle_nn::BatchNorm::new`]. Tensors that are no variables are copied for the running statistics, and so are
+    /// those of half precision, to `F32`. Weight and bias of half precision are converted in every call.
     ///
     /// # Errors
     /// [`Error::UnexpectedShape`], [`Error::UnexpectedDType`], [`Error::DeviceMismatchBinaryOp`] where the tensors do not
@@ -263,8 +317,17 @@ impl BatchNorm2d {
         running_var: Tensor,
         weight_and_bias: Option<(Tensor, Tensor)>,
     ) -> Result<Self> {
-        let batches = Tensor::zeros((), DType::I64, running_mean.device())?;
-        Self::from_tensors(config, &running_mean, &running_var, &batches, weight_and_bias)
+        let features = config.num_features;
+        let make = || {
+            let batches = Tensor::zeros((), DType::I64, running_mean.device())?;
+            Self::from_tensors(config, &running_mean, &running_var, &batches, weight_and_bias)
+        };
+        make().map_err(|error| {
+            error.context(format!(
+                "{NAME} of {features} channels, running_mean {}",
+                described(&running_mean)
+            ))
+        })
     }
 
     fn from_tensors(
@@ -277,9 +340,11 @@ impl BatchNorm2d {
         config.validate().map_err(wrap)?;
         let dtype = parameter_dtype(running_mean.dtype())?;
         let device = running_mean.device();
+        // A running variable is written: only one of the right dtype can be taken as it is.
+        let running = |tensor: &Tensor| Var::from_tensor(&converted(tensor, dtype)?);
         let check = |name: &str, tensor: &Tensor| {
             check_vector(tensor, config.num_features, dtype, device)
-                .map_err(|error| error.context(format!("{NAME}: {name}")))
+                .map_err(|error| error.context(format!("{name} {}", described(tensor))))
         };
         check("running_mean", running_mean)?;
         check("running_var", running_var)?;
@@ -290,8 +355,8 @@ impl BatchNorm2d {
         let module = Self {
             config,
             weight_and_bias,
-            running_mean: Var::from_tensor(running_mean)?,
-            running_var: Var::from_tensor(running_var)?,
+            running_mean: running(running_mean)?,
+            running_var: running(running_var)?,
             num_batches_tracked: Var::from_tensor(num_batches_tracked)?,
             shared: Arc::default(),
             without_mean: None,
@@ -302,11 +367,14 @@ impl BatchNorm2d {
 
     /// Refuses running statistics that share memory with each other or with the parameters: a pass locks them to write.
     fn check_apart(&self) -> Result<()> {
-        let address = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0).addr();
-        let (mean, variance) = (address(&self.running_mean), address(&self.running_var));
-        let shared = |tensor: &Tensor| [mean, variance].contains(&address(tensor));
-        let parameters = self.weight_and_bias.as_ref();
-        if mean == variance || parameters.is_some_and(|(weight, bias)| shared(weight) || shared(bias)) {
+        let (mean, variance) = (address(&self.running_mean)?, address(&self.running_var)?);
+        let mut shared = mean == variance;
+        if let Some((weight, bias)) = &self.weight_and_bias {
+            for parameter in [weight, bias] {
+                shared |= [mean, variance].contains(&address(parameter)?);
+            }
+        }
+        if shared {
             return Err(Error::msg(format_args!(
                 "{NAME}: running_mean and running_var must not share memory with each other, weight or bias"
             ))
@@ -390,11 +458,16 @@ impl BatchNorm2d {
 
     fn forward(&self, x: &Tensor, residual: Option<&Tensor>, epilogue: Epilogue, train: bool) -> Result<Tensor> {
         self.forward_checked(x, residual, epilogue, train).map_err(|error| {
+            let residual = match residual {
+                None => String::new(),
+                Some(residual) => format!(" with a residual {}", described(residual)),
+            };
             error.context(format!(
-                "{NAME} of {} channels over x of shape {:?} and dtype {:?}",
+                "{NAME} of {} channels, {:?} on {:?}, over x {}{residual}",
                 self.config.num_features,
-                x.shape(),
-                x.dtype()
+                self.running_mean.dtype(),
+                self.running_mean.device().location(),
+                described(x)
             ))
         })
     }
@@ -415,22 +488,62 @@ impl BatchNorm2d {
             return unfused(candle, x, residual, epilogue, train);
         }
 
-        let (x, layout) = in_memory_order(x)?;
-        let residual = residual.map(|residual| in_layout(residual, layout)).transpose()?;
-        let contiguous = |tensor: &Tensor| tensor.contiguous();
+        // The operation is of the tensors as they came: what it needs of another order it copies, and no node of candle's
+        // graph, which would cost the backward pass two more tensors each, stands between.
+        let x = &self.apart(x)?;
+        let residual = residual.map(|residual| self.apart(residual)).transpose()?;
+        let residual = residual.as_ref();
+        let found = memory_order(x)?;
+        let layout = found.unwrap_or(Layout::Nchw);
+        let ordered = Ordered {
+            x: match found {
+                Some(_) => None,
+                None => Some(in_layout(x, layout)?),
+            },
+            residual: match residual {
+                Some(residual) if !lies_in(residual, layout)? => Some(in_layout(residual, layout)?),
+                _ => None,
+            },
+        };
         let parameters = match &self.weight_and_bias {
             None => None,
-            Some((weight, bias)) => Some([contiguous(weight)?, contiguous(bias)?]),
+            Some((weight, bias)) => {
+                let dtype = self.running_mean.dtype();
+                Some([parameter(weight, dtype)?, parameter(bias, dtype)?])
+            }
         };
-        let mut arguments = [&x].into_iter().chain(parameters.iter().flatten()).chain(&residual);
+        let mut arguments = [x].into_iter().chain(parameters.iter().flatten()).chain(residual);
         let statistics = self.statistics(train, arguments.any(Tensor::track_op))?;
         let shape = Shape { layout, ..shape };
-        let operation = Operation::new(shape, dtype, epilogue, self.config.eps, statistics, self.shared.clone());
-        let y = operation.apply(&x, parameters.as_ref().map(<[Tensor; 2]>::each_ref), residual.as_ref())?;
+        let call = Call {
+            shape,
+            dtype,
+            epilogue,
+            eps: self.config.eps,
+            statistics,
+            ordered,
+        };
+        let operation = Operation::new(call, self.shared.clone());
+        let y = operation.apply(x, parameters.as_ref().map(<[Tensor; 2]>::each_ref), residual)?;
         match layout {
             Layout::Nchw => Ok(y),
             Layout::Nhwc => channels_second(&y),
         }
+    }
+
+    /// The tensor, or a copy in candle's graph where it repeats the numbers of a running statistic: candle locks what an
+    /// operation is of, and the operation would wait for itself.
+    fn apart(&self, tensor: &Tensor) -> Result<Tensor> {
+        // A tensor of either order has more numbers than a running statistic.
+        if memory_order(tensor)?.is_none() {
+            let memory = address(tensor)?;
+            for running in [&self.running_mean, &self.running_var] {
+                if memory == address(running)? {
+                    return tensor.contiguous();
+                }
+            }
+        }
+        Ok(tensor.clone())
     }
 
     /// Refuses what cannot be normalised, before anything is changed.
@@ -445,11 +558,16 @@ impl BatchNorm2d {
         };
         let (width, rows) = plane.split_last().unwrap_or((&1, &[]));
         let shape = Shape::nchw(batch, channels, rows.iter().product(), *width);
-        if channels != self.config.num_features {
-            return Err(wrap(crate::Error::Channels {
-                shape,
-                expected: self.config.num_features,
-            }));
+        let features = self.config.num_features;
+        if channels != features {
+            let mut expected = x.dims().to_vec();
+            expected[1] = features;
+            return Err(Error::UnexpectedShape {
+                msg: format!("{features} channels (num_features) expected, not {channels}"),
+                expected: expected.into(),
+                got: x.shape().clone(),
+            }
+            .bt());
         }
         if shape.height == 0 || shape.width == 0 {
             return Err(wrap(crate::Error::EmptyDimension { shape }));
@@ -495,8 +613,11 @@ impl BatchNorm2d {
             self.running_mean.as_detached_tensor(),
             self.running_var.as_detached_tensor(),
         );
-        // The backward pass needs those of this call, and a step of training may move them before.
-        Ok(if differentiable {
+        // The backward pass needs those of this call, and a step of training may move them before. On the CPU nobody else
+        // may want the locks of what a pass reads: see "Locks".
+        Ok(if differentiable || mean.device().is_cpu() {
+            // Both of the same moment.
+            let _locked = (mean.storage_and_layout(), variance.storage_and_layout());
             Statistics::Running {
                 mean: mean.copy()?,
                 variance: variance.copy()?,
@@ -525,7 +646,7 @@ impl Module for Inference {
     }
 }
 
-/// candle-nn's own normalisation, with the epilogue behind it.
+/// candle-nn's own normalisation, with the epilogue behind it, in the dtype of the parameters, which is all that it takes.
 fn unfused(
     candle: &candle_nn::BatchNorm,
     x: &Tensor,
@@ -533,37 +654,71 @@ fn unfused(
     epilogue: Epilogue,
     train: bool,
 ) -> Result<Tensor> {
-    let y = candle.forward_t(x, train)?;
-    match (epilogue, residual) {
-        (Epilogue::Identity, _) => Ok(y),
-        (_, None) => y.relu(),
-        (_, Some(residual)) => (y + residual)?.relu(),
+    let dtype = candle.running_var().dtype();
+    let y = candle.forward_t(&converted(x, dtype)?, train)?;
+    let y = match (epilogue, residual) {
+        (Epilogue::Identity, _) => y,
+        (_, None) => y.relu()?,
+        (_, Some(residual)) => (y + converted(residual, dtype)?)?.relu()?,
+    };
+    converted(&y, x.dtype())
+}
+
+/// The tensor in this dtype.
+fn converted(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    if tensor.dtype() == dtype {
+        return Ok(tensor.clone());
+    }
+    tensor.to_dtype(dtype)
+}
+
+/// A parameter for a pass to read. On the CPU a copy, whose lock nobody else wants: see "Locks" in the module's documentation.
+fn parameter(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    let tensor = converted(tensor, dtype)?;
+    if tensor.device().is_cpu() {
+        tensor.force_contiguous()
+    } else {
+        tensor.contiguous()
     }
 }
 
-/// The tensor as a contiguous one, and in which order: [N, C, ..], or [N, .., C]. Copies if it lies in neither.
-fn in_memory_order(x: &Tensor) -> Result<(Tensor, Layout)> {
-    if !x.is_contiguous() {
-        let last = channels_last(x)?;
-        if last.is_contiguous() {
-            return Ok((last, Layout::Nhwc));
+/// Where a tensor's memory is kept, the same for all that share it.
+fn address(tensor: &Tensor) -> Result<usize> {
+    if tensor.device().is_cpu() {
+        return Cpu::look(tensor, |(memory, _)| Ok(std::ptr::from_ref(memory).addr()));
+    }
+    Ok(std::ptr::from_ref(&*tensor.storage_and_layout().0).addr())
+}
+
+/// The order of a tensor's memory, if it has one of the two: [N, C, ..], or [N, .., C].
+fn memory_order(tensor: &Tensor) -> Result<Option<Layout>> {
+    for layout in [Layout::Nchw, Layout::Nhwc] {
+        if lies_in(tensor, layout)? {
+            return Ok(Some(layout));
         }
     }
-    Ok((x.contiguous()?, Layout::Nchw))
+    Ok(None)
 }
 
-/// The tensor as a contiguous one in this order. Copies if it lies in another.
-fn in_layout(x: &Tensor, layout: Layout) -> Result<Tensor> {
+fn lies_in(tensor: &Tensor, layout: Layout) -> Result<bool> {
+    Ok(match layout {
+        Layout::Nchw => tensor.is_contiguous(),
+        Layout::Nhwc => tensor.layout().permute(&channels_last(tensor.rank()))?.is_contiguous(),
+    })
+}
+
+/// A copy of the values as a contiguous tensor in this order, outside of candle's graph.
+fn in_layout(tensor: &Tensor, layout: Layout) -> Result<Tensor> {
+    let tensor = tensor.detach();
     match layout {
-        Layout::Nchw => x.contiguous(),
-        Layout::Nhwc => channels_last(x)?.contiguous(),
+        Layout::Nchw => tensor.contiguous(),
+        Layout::Nhwc => tensor.permute(channels_last(tensor.rank()))?.contiguous(),
     }
 }
 
-/// A view with the second dimension last.
-fn channels_last(x: &Tensor) -> Result<Tensor> {
-    let order: Vec<usize> = [0].into_iter().chain(2..x.rank()).chain([1]).collect();
-    x.permute(order)
+/// The dimensions with the second one last.
+fn channels_last(rank: usize) -> Vec<usize> {
+    [0].into_iter().chain(2..rank).chain([1]).collect()
 }
 
 /// A view with the last dimension second.
@@ -602,6 +757,16 @@ fn unexpected_dtype(expected: DType, got: DType) -> Error {
     .bt()
 }
 
+/// What a tensor is, for an error's context.
+fn described(tensor: &Tensor) -> String {
+    format!(
+        "of shape {:?} and dtype {:?} on {:?}",
+        tensor.shape(),
+        tensor.dtype(),
+        tensor.device().location()
+    )
+}
+
 fn check_vector(tensor: &Tensor, channels: usize, dtype: DType, device: &Device) -> Result<()> {
     if tensor.dims() != [channels] {
         return Err(Error::UnexpectedShape {
@@ -611,7 +776,7 @@ fn check_vector(tensor: &Tensor, channels: usize, dtype: DType, device: &Device)
         }
         .bt());
     }
-    if tensor.dtype() != dtype {
+    if parameter_dtype(tensor.dtype()).ok() != Some(dtype) {
         return Err(unexpected_dtype(dtype, tensor.dtype()));
     }
     check_device(device, tensor.device())

@@ -1,27 +1,34 @@
 //! The operation that candle's graph holds: its pass forward, and its pass backward.
 
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
 #[cfg(feature = "candle-cuda")]
 use candle_core::CudaStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Result, Tensor, Var};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Result, Storage, Tensor, Var};
 
 use super::shared::{Kept, Purpose, Shared, lock};
-use super::step::{Gradients, Operands, Running, Step, evaluate};
-use super::storage::{Device, Stored, change, memory};
-use super::wrap;
-use crate::backend::{AsTensorMut, BackwardEpilogue, ForwardEpilogue, RunningUpdate};
+use super::step::{Gradients, Operands, backward, batch_statistics, forward};
+use super::storage::{Device, Moved, Place, Stored, memory};
+use super::{channels_last, channels_second, described, wrap};
+use crate::backend::{
+    AsTensorMut, BackwardEpilogue, BackwardStatistics, BatchStatistics, ForwardEpilogue, ForwardStatistics,
+    RunningUpdate,
+};
 use crate::config::Momentum;
 use crate::cpu::Cpu;
 use crate::element::{Dtype, Element};
 use crate::epilogue::Epilogue;
-use crate::shape::Shape;
+use crate::shape::{Layout as MemoryOrder, Shape};
 
 /// The name that candle's messages call it by.
 pub(super) const NAME: &str = "batch-norm";
+
+/// What candle is told if it asks for gradients that can be differentiated again.
+const TWICE: &str = "batch-norm, differentiated twice";
 
 /// `$body` with the type `$element` that `$dtype` stands for.
 macro_rules! with_element {
@@ -47,17 +54,39 @@ macro_rules! with_element {
     };
 }
 
+/// What a module asks of an operation.
+pub(super) struct Call {
+    pub(super) shape: Shape,
+    pub(super) dtype: Dtype,
+    pub(super) epilogue: Epilogue,
+    pub(super) eps: f64,
+    pub(super) statistics: Statistics,
+    pub(super) ordered: Ordered,
+}
+
+/// Contiguous copies, in the memory order of the call, of arguments that have another.
+#[derive(Debug)]
+pub(super) struct Ordered {
+    pub(super) x: Option<Tensor>,
+    pub(super) residual: Option<Tensor>,
+}
+
 /// One call of a module.
 #[derive(Debug)]
 pub(super) struct Operation {
     purpose: Purpose,
     eps: f64,
     statistics: Statistics,
+    /// x, if it had to be copied: both passes read it.
+    x: Option<Tensor>,
+    /// The residual, if it had to be copied. The forward pass alone reads it, and drops it.
+    residual: Mutex<Option<Tensor>>,
     shared: Arc<Shared>,
-    /// What the forward pass leaves for the backward pass.
-    step: Mutex<Option<Kept>>,
-    /// Whether another thread than that of the forward pass has used the step.
-    moved: AtomicBool,
+    /// The statistics of the batch, from the forward pass for the backward passes, which only read them: several may run
+    /// at once.
+    saved: OnceLock<Kept>,
+    /// Whether another thread than that of the forward pass has read them.
+    shown: AtomicBool,
 }
 
 /// What a call normalises by.
@@ -120,22 +149,16 @@ impl<A> Arguments<A> {
             residual: Some(residual),
         }
     }
+}
 
-    fn try_map<'a, B>(&'a self, mut f: impl FnMut(&'a A) -> Result<B>) -> Result<Arguments<B>> {
-        Ok(Arguments {
-            x: f(&self.x)?,
-            parameters: match &self.parameters {
-                None => None,
-                Some(Parameters::Apart([weight, bias])) => Some(Parameters::Apart([f(weight)?, f(bias)?])),
-                Some(Parameters::Joined(both)) => Some(Parameters::Joined(f(both)?)),
-            },
-            residual: self.residual.as_ref().map(f).transpose()?,
+impl<A> Parameters<A> {
+    fn try_map<'a, B>(&'a self, mut f: impl FnMut(&'a A) -> Result<B>) -> Result<Parameters<B>> {
+        Ok(match self {
+            Parameters::Apart([weight, bias]) => Parameters::Apart([f(weight)?, f(bias)?]),
+            Parameters::Joined(both) => Parameters::Joined(f(both)?),
         })
     }
 }
-
-/// Where a tensor of candle's lies.
-type Place<'a, D> = (&'a <D as Device>::Storage, &'a Layout);
 
 /// The gradients at the arguments of a call, as far as candle needs them.
 struct Results {
@@ -146,30 +169,26 @@ struct Results {
 }
 
 impl Operation {
-    pub(super) fn new(
-        shape: Shape,
-        dtype: Dtype,
-        epilogue: Epilogue,
-        eps: f64,
-        statistics: Statistics,
-        shared: Arc<Shared>,
-    ) -> Self {
+    pub(super) fn new(call: Call, shared: Arc<Shared>) -> Self {
         Self {
             purpose: Purpose {
-                shape,
-                dtype,
-                epilogue,
+                shape: call.shape,
+                dtype: call.dtype,
+                epilogue: call.epilogue,
                 thread: thread::current().id(),
             },
-            eps,
-            statistics,
+            eps: call.eps,
+            statistics: call.statistics,
+            x: call.ordered.x,
+            residual: Mutex::new(call.ordered.residual),
             shared,
-            step: Mutex::default(),
-            moved: AtomicBool::new(false),
+            saved: OnceLock::new(),
+            shown: AtomicBool::new(false),
         }
     }
 
-    /// Applies the operation to tensors that are contiguous and have been found fit.
+    /// Applies the operation to tensors that have been found fit. y is contiguous: in the order N, H, W, C its dimensions
+    /// are in that order too.
     pub(super) fn apply(
         self,
         x: &Tensor,
@@ -200,12 +219,32 @@ impl Operation {
     }
 
     fn forward<D: Device>(&self, arguments: Arguments<Place<'_, D>>) -> Result<(D::Storage, candle_core::Shape)> {
-        let (memory, layout) = arguments.x;
-        let backend = D::beside(memory, &self.shared)?;
+        let (beside, layout) = arguments.x;
+        let backend = D::beside(beside, &self.shared)?;
+        let residual = lock(&self.residual).take();
+        // The locks of copies, which nobody else has.
+        let (own_x, own_residual) = (self.x.as_ref(), residual.as_ref());
+        let (own_x, own_residual) = (
+            own_x.map(Tensor::storage_and_layout),
+            own_residual.map(Tensor::storage_and_layout),
+        );
+        let arguments = Arguments {
+            x: place_of::<D>(&own_x)?.unwrap_or(arguments.x),
+            residual: place_of::<D>(&own_residual)?.or(arguments.residual),
+            ..arguments
+        };
         let y = with_element!(self.purpose.dtype, T => {
-            D::into_storage(self.forward_as::<D, T>(&backend, arguments)?, memory)
+            D::into_storage(self.forward_as::<D, T>(&backend, arguments)?, beside)
         });
-        Ok((y, layout.shape().clone()))
+        Ok((y, self.in_memory(layout.shape())))
+    }
+
+    /// A tensor's dimensions in the order of the memory of x, y and their gradients.
+    fn in_memory(&self, shape: &candle_core::Shape) -> candle_core::Shape {
+        match (self.purpose.shape.layout, shape.dims()) {
+            (MemoryOrder::Nhwc, [batch, channels, others @ ..]) => [&[*batch], others, &[*channels]].concat().into(),
+            _ => shape.clone(),
+        }
     }
 
     fn forward_as<D: Device, T: Stored + Element<Param: Stored>>(
@@ -222,50 +261,63 @@ impl Operation {
         match &self.statistics {
             Statistics::Running { mean, variance } => {
                 let ((mean, _), (variance, _)) = (mean.storage_and_layout(), variance.storage_and_layout());
-                let running = self.running::<D, T>(memory::<D>(&mean)?, memory::<D>(&variance)?)?;
-                let operands = self.operands(backend, arguments)?;
-                let epilogue = self.forward_epilogue(backend, arguments)?;
-                evaluate(backend, operands, epilogue, y.view_mut(), running).map_err(wrap)?;
+                let statistics = ForwardStatistics::Running {
+                    mean: D::view(memory::<D>(&mean)?, 0..channels)?,
+                    variance: D::view(memory::<D>(&variance)?, 0..channels)?,
+                };
+                self.forward_by(backend, arguments, &mut y, statistics)?;
             }
             Statistics::Batch { update } => {
-                let mut kept = self.shared.take::<D, T>(backend, self.purpose).map_err(wrap)?;
-                let step = kept.step();
+                let Purpose { shape, epilogue, .. } = self.purpose;
+                let Shared {
+                    workspaces, statistics, ..
+                } = &*self.shared;
+                let mut saved = statistics
+                    .take(self.purpose, || batch_statistics::<D, T>(backend, channels))
+                    .map_err(wrap)?;
+                let mut workspace = workspaces
+                    .take(self.purpose, || backend.prepare::<T>(shape, epilogue))
+                    .map_err(wrap)?;
+                let mut pass = |update: Option<Moved<'_, D>>| {
+                    let update = match update {
+                        None => None,
+                        Some(moved) => Some(RunningUpdate {
+                            mean: D::view_mut(moved.mean, 0..channels)?,
+                            variance: D::view_mut(moved.variance, 0..channels)?,
+                            batches: D::view_mut(moved.batches, 0..1)?,
+                            momentum: moved.momentum,
+                            skip_non_finite: moved.skip_non_finite,
+                        }),
+                    };
+                    let statistics = ForwardStatistics::Batch {
+                        saved: &mut *saved,
+                        workspace: &mut *workspace,
+                        update,
+                    };
+                    self.forward_by(backend, arguments, &mut y, statistics)
+                };
                 match update {
-                    None => self.forward_by_batch(backend, arguments, step, &mut y, None)?,
-                    // The order in which they are locked is that of the evaluation.
-                    Some(update) => change::<D, _>(&update.mean, |mean| {
-                        change::<D, _>(&update.variance, |variance| {
-                            change::<D, _>(&update.batches, |batches| {
-                                let update = RunningUpdate {
-                                    mean: D::view_mut(mean, 0..channels)?,
-                                    variance: D::view_mut(variance, 0..channels)?,
-                                    batches: D::view_mut(batches, 0..1)?,
-                                    momentum: update.momentum,
-                                    skip_non_finite: update.skip_non_finite,
-                                };
-                                self.forward_by_batch(backend, arguments, step, &mut y, Some(update))
-                            })
-                        })
-                    })?,
+                    None => pass(None)?,
+                    Some(update) => D::moving::<T::Param>(update, channels, |moved| pass(Some(moved)))?,
                 }
-                *lock(&self.step) = Some(kept);
+                workspaces.put(self.purpose, workspace);
+                // candle calls this once.
+                let _ = self.saved.set(saved);
             }
         }
         Ok(y)
     }
 
-    fn forward_by_batch<'m, D: Device, T: Stored + Element<Param: Stored>>(
+    fn forward_by<'m, D: Device, T: Stored + Element<Param: Stored>>(
         &self,
         backend: &D,
         arguments: Arguments<Place<'m, D>>,
-        step: &'m mut Step<D, T>,
         y: &'m mut D::Buffer<T>,
-        update: Option<RunningUpdate<'m, D, T>>,
+        statistics: ForwardStatistics<'m, D, T>,
     ) -> Result<()> {
         let operands = self.operands(backend, arguments)?;
         let epilogue = self.forward_epilogue(backend, arguments)?;
-        step.forward(backend, operands, epilogue, y.view_mut(), update)
-            .map_err(wrap)
+        forward(backend, operands, epilogue, y.view_mut(), statistics).map_err(wrap)
     }
 
     fn operands<'m, D: Device, T: Stored + Element<Param: Stored>>(
@@ -306,42 +358,44 @@ impl Operation {
         })
     }
 
-    /// All elements of a contiguous tensor of the call's shape.
+    /// All elements of a tensor of the call's shape, which lie one after another in the order of the call.
     fn tensor<'m, D: Device, T: Stored>(
         &self,
         backend: &D,
         argument: &'static str,
         (memory, layout): Place<'m, D>,
     ) -> Result<D::View<'m, T>> {
-        let start = start(layout)?;
+        let start = match self.purpose.shape.layout {
+            MemoryOrder::Nhwc if !layout.is_contiguous() => {
+                start(&layout.permute(&channels_last(layout.dims().len()))?)?
+            }
+            _ => start(layout)?,
+        };
         let view = D::view(memory, start..start + layout.shape().elem_count())?;
         backend.check_view(argument, &view).map_err(wrap)?;
         Ok(view)
     }
 
-    fn running<'m, D: Device, T: Element<Param: Stored>>(
-        &self,
-        mean: &'m D::Storage,
-        variance: &'m D::Storage,
-    ) -> Result<Running<'m, D, T>> {
-        let channels = self.purpose.shape.channels;
-        Ok(Running {
-            mean: D::view(mean, 0..channels)?,
-            variance: D::view(variance, 0..channels)?,
-        })
-    }
-
     fn backward(&self, arguments: Arguments<&Tensor>, y: &Tensor, dy: &Tensor) -> Result<Results> {
-        match arguments.x.device() {
+        let results = match arguments.x.device() {
+            // The gradients are made by kernels, and would be constants to a second derivative.
+            _ if dy.track_op() => Err(Error::BackwardNotSupported { op: TWICE }.bt()),
             candle_core::Device::Cpu => self.backward_on::<Cpu>(arguments, y, dy),
             #[cfg(feature = "candle-cuda")]
             candle_core::Device::Cuda(_) => self.backward_on::<crate::Cuda>(arguments, y, dy),
             _ => Err(Error::BackwardNotSupported { op: NAME }.bt()),
-        }
+        };
+        results.map_err(|error| {
+            error.context(format!(
+                "backward pass of {NAME} of {} channels over x {}, gradient {}",
+                self.purpose.shape.channels,
+                described(arguments.x),
+                described(dy)
+            ))
+        })
     }
 
     fn backward_on<D: Device>(&self, arguments: Arguments<&Tensor>, y: &Tensor, dy: &Tensor) -> Result<Results> {
-        let tensor_shape = arguments.x.shape();
         let dy = dy.contiguous()?;
         let wants = |tensor: &&Tensor| tensor.track_op();
         let wanted = Wanted {
@@ -353,24 +407,55 @@ impl Operation {
             },
             residual: arguments.residual.as_ref().is_some_and(wants),
         };
-        // The values of the residual are not needed any more.
-        let arguments = Arguments {
-            residual: None,
-            ..arguments
+        let dims = arguments.x.shape();
+        D::look(self.x.as_ref().unwrap_or(arguments.x), |x| {
+            D::look(y, |y| {
+                D::look(&dy, |dy| {
+                    // The CPU's are copies that nobody else locks.
+                    let parameters = arguments
+                        .parameters
+                        .as_ref()
+                        .map(|parameters| parameters.try_map(|tensor| Ok(tensor.storage_and_layout())))
+                        .transpose()?;
+                    let parameters = parameters
+                        .as_ref()
+                        .map(|parameters| parameters.try_map(|(storage, layout)| Ok((memory::<D>(storage)?, *layout))))
+                        .transpose()?;
+                    let arguments = Arguments {
+                        x,
+                        parameters,
+                        // Its values are not needed any more.
+                        residual: None,
+                    };
+                    self.backward_at::<D>(dims, arguments, y, dy, wanted)
+                })
+            })
+        })
+    }
+
+    fn backward_at<D: Device>(
+        &self,
+        dims: &candle_core::Shape,
+        arguments: Arguments<Place<'_, D>>,
+        y: Place<'_, D>,
+        dy: Place<'_, D>,
+        wanted: Wanted,
+    ) -> Result<Results> {
+        let (beside, _) = arguments.x;
+        let backend = D::beside(beside, &self.shared)?;
+        let in_memory = self.in_memory(dims);
+        // As views of the arguments' dimensions.
+        let logical = |gradient: Option<Tensor>| match (gradient, self.purpose.shape.layout) {
+            (Some(gradient), MemoryOrder::Nhwc) => channels_second(&gradient).map(Some),
+            (gradient, _) => Ok(gradient),
         };
-        let guards = arguments.try_map(|tensor| Ok(tensor.storage_and_layout()))?;
-        let places = guards.try_map(|(storage, layout)| Ok((memory::<D>(storage)?, *layout)))?;
-        let (y, dy) = (y.storage_and_layout(), dy.storage_and_layout());
-        let (y, dy) = ((memory::<D>(&y.0)?, y.1), (memory::<D>(&dy.0)?, dy.1));
-        let backend = D::beside(places.x.0, &self.shared)?;
         with_element!(self.purpose.dtype, T => {
-            let buffers = self.backward_as::<D, T>(&backend, places, y, dy, wanted)?;
-            let beside = places.x.0;
+            let buffers = self.backward_as::<D, T>(&backend, arguments, y, dy, wanted)?;
             let both = candle_core::Shape::from(2 * self.purpose.shape.channels);
             Ok(Results {
-                x: buffers.x.map(|dx| tensor_of::<D, T>(dx, beside, tensor_shape)),
+                x: logical(buffers.x.map(|dx| tensor_of::<D, T>(dx, beside, &in_memory)))?,
                 parameters: buffers.parameters.map(|parameters| tensor_of::<D, _>(parameters, beside, &both)),
-                residual: buffers.residual.map(|dz| tensor_of::<D, T>(dz, beside, tensor_shape)),
+                residual: logical(buffers.residual.map(|dz| tensor_of::<D, T>(dz, beside, &in_memory)))?,
             })
         })
     }
@@ -398,31 +483,24 @@ impl Operation {
             residual: tensor(wanted.residual)?,
         };
 
-        let mut own = lock(&self.step);
-        let mut scratch = None;
-        let kept = match &mut *own {
-            Some(kept) => {
-                if thread::current().id() != self.purpose.thread {
-                    self.moved.store(true, Ordering::Relaxed);
-                }
-                kept
-            }
-            None => {
-                let purpose = Purpose {
-                    thread: thread::current().id(),
-                    ..self.purpose
-                };
-                scratch.insert(self.shared.take::<D, T>(backend, purpose).map_err(wrap)?)
-            }
-        };
+        // The CPU's running statistics are copies that nobody else locks.
         let guards = match &self.statistics {
             Statistics::Batch { .. } => None,
             Statistics::Running { mean, variance } => Some((mean.storage_and_layout(), variance.storage_and_layout())),
         };
-        let running = match &guards {
-            None => None,
-            Some(((mean, _), (variance, _))) => Some(self.running(memory::<D>(mean)?, memory::<D>(variance)?)?),
+        let statistics = match &guards {
+            Some(((mean, _), (variance, _))) => BackwardStatistics::Running {
+                mean: D::view(memory::<D>(mean)?, 0..shape.channels)?,
+                variance: D::view(memory::<D>(variance)?, 0..shape.channels)?,
+            },
+            None => BackwardStatistics::Batch(self.saved()?),
         };
+        let purpose = self.purpose.here();
+        let mut workspace = self
+            .shared
+            .workspaces
+            .take(purpose, || backend.prepare::<T>(shape, purpose.epilogue))
+            .map_err(wrap)?;
         let epilogue = match self.purpose.epilogue {
             Epilogue::Identity => BackwardEpilogue::Identity,
             Epilogue::Relu => BackwardEpilogue::Relu,
@@ -440,20 +518,27 @@ impl Operation {
         };
         let operands = self.operands(backend, arguments)?;
         let dy = self.tensor(backend, "dy", dy)?;
-        kept.step()
-            .backward(backend, operands, epilogue, running, dy, gradients)
-            .map_err(wrap)?;
-        if let Some(scratch) = scratch {
-            self.shared.put(scratch);
-        }
+        backward(backend, operands, epilogue, dy, gradients, statistics, &mut workspace).map_err(wrap)?;
+        self.shared.workspaces.put(purpose, workspace);
         Ok(buffers)
+    }
+
+    /// What the forward pass left.
+    fn saved<D: Device, T: Element>(&self) -> Result<&BatchStatistics<D, T>> {
+        if thread::current().id() != self.purpose.thread {
+            self.shown.store(true, Ordering::Relaxed);
+        }
+        self.saved
+            .get()
+            .and_then(|saved| (**saved).downcast_ref())
+            .ok_or_else(|| wrap(crate::Error::SavedEmpty))
     }
 }
 
 impl Drop for Operation {
     fn drop(&mut self) {
-        if let (Some(step), false) = (lock(&self.step).take(), self.moved.load(Ordering::Relaxed)) {
-            self.shared.put(step);
+        if let (Some(saved), false) = (self.saved.take(), self.shown.load(Ordering::Relaxed)) {
+            self.shared.statistics.put(self.purpose, saved);
         }
     }
 }
@@ -482,6 +567,14 @@ impl<D: Device, T: Element> Buffers<D, T> {
             parameters: wanted.parameters.then(|| backend.zeros(2 * channels)).transpose()?,
             residual: tensor(wanted.residual)?,
         })
+    }
+}
+
+/// Where a copy lies, if there is one.
+fn place_of<'a, D: Device>(copy: &'a Option<(impl Deref<Target = Storage>, &Layout)>) -> Result<Option<Place<'a, D>>> {
+    match copy {
+        None => Ok(None),
+        Some((storage, layout)) => Ok(Some((memory::<D>(storage)?, layout))),
     }
 }
 

@@ -1,28 +1,29 @@
-//! What a module keeps between its calls, shared by its clones: scratch memory of earlier steps and, on a GPU, the backend.
+//! What a module keeps between its calls, shared by its clones: memory of earlier steps and, on a GPU, the backend.
 
 use std::any::Any;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
-use super::step::Step;
-use crate::backend::Backend;
-use crate::element::{Dtype, Element};
+use crate::element::Dtype;
 use crate::epilogue::Epilogue;
 use crate::error::Result;
 use crate::shape::Shape;
 
-/// Steps kept for later. A module that meets more shapes than this, or has more steps in flight, allocates some again.
-const STEPS_KEPT: usize = 16;
+/// Things kept of one kind. A module that meets more shapes than this, or has more steps in flight, allocates some again.
+const KEPT: usize = 16;
 
 /// What a module and its clones share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    steps: Mutex<Vec<Kept>>,
+    /// Scratch memory of passes.
+    pub(super) workspaces: Pool,
+    /// The statistics of batches.
+    pub(super) statistics: Pool,
     #[cfg(feature = "candle-cuda")]
     pub(super) cuda: std::sync::OnceLock<crate::Cuda>,
 }
 
-/// What a step can serve.
+/// What a workspace or statistics can serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Purpose {
     pub(super) shape: Shape,
@@ -32,48 +33,51 @@ pub(super) struct Purpose {
     pub(super) thread: ThreadId,
 }
 
-/// A step that nobody uses now.
-#[derive(Debug)]
-pub(super) struct Kept {
-    purpose: Purpose,
-    step: Box<dyn Any + Send>,
-}
-
-impl Kept {
-    /// The step, which is of the types it was taken for.
-    pub(super) fn step<B: Backend, T: Element>(&mut self) -> &mut Step<B, T> {
-        self.step
-            .downcast_mut()
-            .expect("a step serves one backend and element type")
+impl Purpose {
+    /// The same on the calling thread.
+    pub(super) fn here(self) -> Self {
+        Self {
+            thread: std::thread::current().id(),
+            ..self
+        }
     }
 }
 
-impl Shared {
-    /// A step for this purpose: one kept, or a new one.
-    pub(super) fn take<B: Backend, T: Element>(&self, backend: &B, purpose: Purpose) -> Result<Kept> {
+/// Memory of some type that nobody uses now.
+pub(super) type Kept = Box<dyn Any + Send + Sync>;
+
+/// Things of one kind that nobody uses now. It is locked to take or put one, never while a pass runs.
+#[derive(Debug, Default)]
+pub(super) struct Pool(Mutex<Vec<(Purpose, Kept)>>);
+
+impl Pool {
+    /// A thing for this purpose: one kept, or a new one.
+    pub(super) fn take<X: Any + Send + Sync>(
+        &self,
+        purpose: Purpose,
+        new: impl FnOnce() -> Result<X>,
+    ) -> Result<Box<X>> {
         let kept = {
-            let mut steps = lock(&self.steps);
-            let found = steps
+            let mut all = lock(&self.0);
+            let found = all
                 .iter()
-                .position(|kept| kept.purpose == purpose && kept.step.is::<Step<B, T>>());
-            found.map(|at| steps.remove(at))
+                .position(|(serves, kept)| *serves == purpose && kept.is::<X>());
+            found.map(|at| all.remove(at).1)
         };
         match kept {
-            Some(kept) => Ok(kept),
-            None => Ok(Kept {
-                purpose,
-                step: Box::new(Step::<B, T>::new(backend, purpose.shape, purpose.epilogue)?),
-            }),
+            Some(kept) => Ok(kept.downcast().expect("what was found is of this type")),
+            None => Ok(Box::new(new()?)),
         }
     }
 
-    /// Gives a step back for later.
-    pub(super) fn put(&self, kept: Kept) {
-        let mut steps = lock(&self.steps);
-        if steps.len() == STEPS_KEPT {
-            steps.remove(0);
-        }
-        steps.push(kept);
+    /// Gives a thing back for later.
+    pub(super) fn put(&self, purpose: Purpose, kept: Kept) {
+        let mut all = lock(&self.0);
+        let oldest = (all.len() == KEPT).then(|| all.remove(0));
+        all.push((purpose, kept));
+        // Freeing memory of a device is not done under a lock.
+        drop(all);
+        drop(oldest);
     }
 }
 

@@ -6,15 +6,30 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use candle_core::backend::BackendStorage as _;
-use candle_core::{CpuStorage, CudaStorage, Error, InplaceOp1, Layout, Result, Storage, Var, WithDType};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, Error, InplaceOp1, Layout, Result, Storage, Tensor, Var, WithDType,
+};
 use half::vec::HalfBitsVecExt as _;
 use half::{bf16, f16};
 
-use super::operation::NAME;
+use super::operation::{NAME, Update};
 use super::shared::Shared;
 use crate::backend::Backend;
+use crate::config::Momentum;
 use crate::cpu::Cpu;
-use crate::element::Plain;
+use crate::element::{Plain, Real};
+
+/// Where a tensor of candle's lies.
+pub(super) type Place<'a, D> = (&'a <D as Device>::Storage, &'a Layout);
+
+/// Running statistics for a pass to move, and how.
+pub(super) struct Moved<'a, D: Device> {
+    pub(super) mean: &'a mut D::Storage,
+    pub(super) variance: &'a mut D::Storage,
+    pub(super) batches: &'a mut D::Storage,
+    pub(super) momentum: Momentum,
+    pub(super) skip_non_finite: bool,
+}
 
 /// A backend that works in candle's memory.
 pub(super) trait Device: Backend {
@@ -29,6 +44,16 @@ pub(super) trait Device: Backend {
 
     /// Elements of a tensor, to be written.
     fn view_mut<T: Stored>(storage: &mut Self::Storage, elements: Range<usize>) -> Result<Self::ViewMut<'_, T>>;
+
+    /// Gives the memory of a tensor, locked to be read, to `look`.
+    fn look<R>(tensor: &Tensor, look: impl FnOnce(Place<'_, Self>) -> Result<R>) -> Result<R>;
+
+    /// Runs a pass that is to move running statistics of `channels` channels.
+    fn moving<P: Real + Stored>(
+        update: &Update,
+        channels: usize,
+        pass: impl FnOnce(Moved<'_, Self>) -> Result<()>,
+    ) -> Result<()>;
 
     /// Memory for a result. What it holds is of no account: the pass writes every element.
     fn unwritten<T: Stored>(&self, len: usize) -> Result<Self::Buffer<T>>;
@@ -116,6 +141,60 @@ impl Device for Cpu {
         }
     }
 
+    /// As candle's own operations lock their arguments, which [`Tensor::storage_and_layout`] does not: where a writer waits,
+    /// a thread that holds the lock already, and has taken up another task of its pool in a pass, gets it once more.
+    fn look<R>(tensor: &Tensor, look: impl FnOnce(Place<'_, Self>) -> Result<R>) -> Result<R> {
+        let look = Look {
+            look: RefCell::new(Some(look)),
+            result: RefCell::new(None),
+        };
+        tensor.apply_op1_no_bwd(&look)?;
+        look.result.into_inner().ok_or_else(other_device)
+    }
+
+    /// The pass moves statistics of its own, all the way to those of the batch. No lock is held meanwhile: a thread that
+    /// waits in a pass takes up other tasks of its pool, and one of those may want the same lock.
+    fn moving<P: Real + Stored>(
+        update: &Update,
+        channels: usize,
+        pass: impl FnOnce(Moved<'_, Self>) -> Result<()>,
+    ) -> Result<()> {
+        // `0 · -0 + 1 · b` is b, bit for bit, for a zero of either sign too.
+        let vector = || P::to_cpu_storage_owned(vec![-P::ZERO; channels]);
+        let (mut batch_mean, mut batch_variance) = (vector(), vector());
+        pass(Moved {
+            mean: &mut batch_mean,
+            variance: &mut batch_variance,
+            batches: &mut CpuStorage::I64(vec![0]),
+            momentum: Momentum::Factor(1.0),
+            skip_non_finite: false,
+        })?;
+        let batch_mean: &[P] = Self::view(&batch_mean, 0..channels)?;
+        let batch_variance: &[P] = Self::view(&batch_variance, 0..channels)?;
+        change_all::<Self>(update, |moved| {
+            let batches: &mut [i64] = Self::view_mut(moved.batches, 0..1)?;
+            let mean: &mut [P] = Self::view_mut(moved.mean, 0..channels)?;
+            let variance: &mut [P] = Self::view_mut(moved.variance, 0..channels)?;
+            batches[0] += 1;
+            let factor = match moved.momentum {
+                Momentum::Factor(momentum) => Real::from_f64(momentum),
+                Momentum::CumulativeAverage => P::ONE / Real::from_f64(batches[0] as f64),
+            };
+            let keep = P::ONE - factor;
+            for channel in 0..channels {
+                let batch = [batch_mean[channel], batch_variance[channel]];
+                if moved.skip_non_finite && !batch.into_iter().all(P::is_finite) {
+                    continue;
+                }
+                // In the operations of the CPU backend, for the same bits.
+                for (running, batch) in [&mut mean[channel], &mut variance[channel]].into_iter().zip(batch) {
+                    *running = keep * *running + factor * batch;
+                }
+            }
+            Ok(())
+        })
+    }
+
     fn unwritten<T: Stored>(&self, len: usize) -> Result<Vec<T>> {
         Ok(T::any(len))
     }
@@ -143,8 +222,28 @@ pub(super) fn memory<D: Device>(storage: &Storage) -> Result<&D::Storage> {
     memory.downcast_ref().ok_or_else(other_device)
 }
 
+/// Gives the running statistics to `change`, locked to be written: the mean first, then the variance, then the count.
+pub(super) fn change_all<D: Device>(
+    update: &Update,
+    change_them: impl FnOnce(Moved<'_, D>) -> Result<()>,
+) -> Result<()> {
+    change::<D, _>(&update.mean, |mean| {
+        change::<D, _>(&update.variance, |variance| {
+            change::<D, _>(&update.batches, |batches| {
+                change_them(Moved {
+                    mean,
+                    variance,
+                    batches,
+                    momentum: update.momentum,
+                    skip_non_finite: update.skip_non_finite,
+                })
+            })
+        })
+    })
+}
+
 /// Gives the memory of a variable to `change`. candle hands it out to operations in place alone.
-pub(super) fn change<D: Device, R>(variable: &Var, change: impl FnOnce(&mut D::Storage) -> Result<R>) -> Result<R> {
+fn change<D: Device, R>(variable: &Var, change: impl FnOnce(&mut D::Storage) -> Result<R>) -> Result<R> {
     let change = InPlace::<D, _, R> {
         change: RefCell::new(Some(change)),
         result: RefCell::new(None),
@@ -180,6 +279,25 @@ impl<D: Device, F: FnOnce(&mut D::Storage) -> Result<R>, R> InplaceOp1 for InPla
 
     fn cuda_fwd(&self, storage: &mut CudaStorage, _layout: &Layout) -> Result<()> {
         self.run(storage)
+    }
+}
+
+struct Look<F, R> {
+    look: RefCell<Option<F>>,
+    result: RefCell<Option<R>>,
+}
+
+/// An operation that yields nothing to candle.
+impl<F: FnOnce(Place<'_, Cpu>) -> Result<R>, R> CustomOp1 for Look<F, R> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, memory: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, candle_core::Shape)> {
+        if let Some(look) = self.look.take() {
+            self.result.replace(Some(look((memory, layout))?));
+        }
+        Ok((CpuStorage::U8(Vec::new()), 0.into()))
     }
 }
 
