@@ -224,15 +224,19 @@ class Run(unittest.TestCase):
 
     def test_a_run_that_is_stopped_leaves_a_report(self):
         mark = self.bundle.place / "mark"
-        self.bundle.program("large_tensor", f"touch {mark}; sleep 30")
-        process = self.bundle.start()
+        self.bundle.program("tests/graph", f"touch {mark}; sleep 30")
+        self.bundle.program("tests/state", PASSING_TEST)
+        process = self.bundle.start("--jobs", "1")
         while not mark.exists():
             self.assertIsNone(process.poll())
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
         self.assertNotEqual(process.returncode, 0)
-        self.assertEqual(self.bundle.statuses()["test graph"], "passed")
+        steps = self.bundle.statuses()
+        self.assertEqual(steps.pop("test candle_cuda"), "not run")
+        self.assertEqual(steps, {name: "passed" for name in ("quickstart", "intrinsics", "fingerprints")})
+        self.assertEqual(list(self.bundle.temporary.iterdir()), [])
         self.assertFalse(self.bundle.report["finished"])
         self.assertNotIn("passed", self.bundle.report)
 
