@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Times are those of one call in a CUDA graph, with a cold cache: the calls rotate among tensors that together are more
-//! than four times the L2 cache. Beside them is a copy of the same tensor. Ends with an error if a result is wrong, or if
-//! the time was used up before all had been tried; what was found by then is written all the same.
+//! than four times the L2 cache. Beside them is a copy of the same tensor. Ends with an error if a result is wrong, and with
+//! the exit status 75 if the time was used up before all had been tried; what was found by then is written all the same.
 
 #[path = "../benches/shapes/resnet_50.rs"]
 mod resnet_50;
@@ -42,7 +42,7 @@ struct Arguments {
     /// Use the stand-in driver, with small tensors and a few of the candidates.
     #[arg(long)]
     stand_in: bool,
-    /// Start no further shape after so many seconds.
+    /// Try nothing more after so many seconds.
     #[arg(long, default_value_t = 440.0)]
     seconds: f64,
 }
@@ -59,15 +59,14 @@ const HOPELESS: f64 = 2.5;
 /// Of how many candidates a dry run takes one.
 const DRY_RUN_EVERY: usize = 24;
 
+/// The exit status of a sweep that the time was too short for.
+const CUT: u8 = 75;
+
 fn main() -> ExitCode {
     match sweep(&Arguments::parse()) {
         Ok(summary) => {
             println!("{}", summary.text());
-            if summary.is_complete() {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }
+            summary.status()
         }
         Err(error) => {
             eprintln!("sweep: {error}");
@@ -85,8 +84,16 @@ struct Summary {
 }
 
 impl Summary {
-    fn is_complete(&self) -> bool {
-        self.wrong == 0 && self.not_reached == 0 && self.tried > 0
+    fn status(&self) -> ExitCode {
+        if self.wrong > 0 {
+            ExitCode::FAILURE
+        } else if self.not_reached > 0 {
+            ExitCode::from(CUT)
+        } else if self.tried == 0 {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        }
     }
 
     fn text(&self) -> String {
@@ -113,37 +120,55 @@ fn sweep(arguments: &Arguments) -> Answer<Summary> {
     unsafe { context.disable_event_tracking() };
     let cuda = Cuda::with_cache(context.new_stream()?, cache.clone())?;
     let problems = problems(arguments.stand_in);
-    if !arguments.stand_in {
-        compile_all(&cuda, &problems, &cache);
-    }
-    let mut summary = Summary::default();
+    let mut summary = Summary {
+        not_reached: problems.len(),
+        ..Summary::default()
+    };
     let mut passes = Vec::new();
+    let effort = Effort {
+        dry_run: arguments.stand_in,
+        end: start + Duration::from_secs_f64(arguments.seconds),
+    };
     for problem in &problems {
-        if start.elapsed() > Duration::from_secs_f64(arguments.seconds) {
-            summary.not_reached += 1;
-            continue;
+        if !arguments.stand_in {
+            compile(&cuda, problem, &cache, effort);
         }
-        let dry_run = arguments.stand_in;
         let found = match problem.dtype {
-            Dtype::F16 => try_all::<f16>(&cuda, problem, dry_run, &mut summary),
-            Dtype::Bf16 => try_all::<bf16>(&cuda, problem, dry_run, &mut summary),
-            Dtype::F32 => try_all::<f32>(&cuda, problem, dry_run, &mut summary),
-            Dtype::F64 => try_all::<f64>(&cuda, problem, dry_run, &mut summary),
+            Dtype::F16 => try_all::<f16>(&cuda, problem, effort, &mut summary),
+            Dtype::Bf16 => try_all::<bf16>(&cuda, problem, effort, &mut summary),
+            Dtype::F32 => try_all::<f32>(&cuda, problem, effort, &mut summary),
+            Dtype::F64 => try_all::<f64>(&cuda, problem, effort, &mut summary),
         }?;
-        summary.problems += 1;
+        // A pass that was not tried in all ways is of no use to `tune`.
+        let Some(found) = found else { break };
         passes.push(found);
+        (summary.problems, summary.not_reached) = (passes.len(), problems.len() - passes.len());
+        // After each, so that a program that is stopped has written something.
+        let report = json!({
+            "stand_in": arguments.stand_in,
+            "limits": limits_to_json(&cuda),
+            "seconds": start.elapsed().as_secs_f64(),
+            "tried": summary.tried,
+            "wrong": summary.wrong,
+            "not_reached": summary.not_reached,
+            "passes": passes,
+        });
+        std::fs::write(&arguments.json, format!("{report:#}\n"))?;
     }
-    let report = json!({
-        "stand_in": arguments.stand_in,
-        "limits": limits_to_json(&cuda),
-        "seconds": start.elapsed().as_secs_f64(),
-        "tried": summary.tried,
-        "wrong": summary.wrong,
-        "not_reached": summary.not_reached,
-        "passes": passes,
-    });
-    std::fs::write(&arguments.json, format!("{report:#}\n"))?;
     Ok(summary)
+}
+
+/// How much is tried.
+#[derive(Clone, Copy)]
+struct Effort {
+    dry_run: bool,
+    end: Instant,
+}
+
+impl Effort {
+    fn is_over(self) -> bool {
+        Instant::now() > self.end
+    }
 }
 
 /// ResNet-50 at both of its usual batches, and one tensor of images in full size; those that matter most come first.
@@ -181,20 +206,30 @@ fn problems(small: bool) -> Vec<Problem> {
     problems
 }
 
-/// Fills the cache on disk, by all cores at once. What cannot be compiled will say so when it is tried.
-fn compile_all(cuda: &Cuda, problems: &[Problem], cache: &DiskCache) {
-    let mut wanted: Vec<Instantiation> = problems
+/// Fills the cache on disk with what is to be tried, by all cores at once. What cannot be compiled will say so when it is
+/// tried.
+fn compile(cuda: &Cuda, problem: &Problem, cache: &DiskCache, effort: Effort) {
+    let mut wanted: Vec<Instantiation> = candidates(problem, cuda)
+        .unwrap_or_default()
         .iter()
-        .filter_map(|problem| Plan::candidates(problem, cuda.limits()).ok())
-        .flatten()
-        .flat_map(|plan| plan.kernels)
+        .flat_map(|plan| &plan.kernels)
         .map(|launch| launch.instantiation)
         .collect();
     let mut seen = std::collections::HashSet::new();
     wanted.retain(|instantiation| seen.insert(*instantiation));
     wanted.par_iter().for_each(|instantiation| {
-        let _ = compile_ahead(instantiation, cuda.limits().architecture, cache);
+        if !effort.is_over() {
+            let _ = compile_ahead(instantiation, cuda.limits().architecture, cache);
+        }
     });
+}
+
+/// The ways that are worth trying.
+fn candidates(problem: &Problem, cuda: &Cuda) -> batchnorm_cuda::Result<Vec<Plan>> {
+    let mut plans = Plan::candidates(problem, cuda.limits())?;
+    let best = plans.iter().map(Plan::modelled_time).fold(f64::INFINITY, f64::min);
+    plans.retain(|plan| is_worth_trying(plan, best));
+    Ok(plans)
 }
 
 /// The tensors of one call.
@@ -205,10 +240,14 @@ struct Tensors<T: Element> {
     dx: CudaSlice<T>,
 }
 
-fn try_all<T: Element>(cuda: &Cuda, problem: &Problem, dry_run: bool, summary: &mut Summary) -> Answer<Value> {
+/// Nothing, if the time was used up before the last way.
+fn try_all<T: Element>(cuda: &Cuda, problem: &Problem, effort: Effort, summary: &mut Summary) -> Answer<Option<Value>> {
+    if effort.is_over() {
+        return Ok(None);
+    }
     let shape = problem.shape;
-    let every = if dry_run { DRY_RUN_EVERY } else { 1 };
-    let mut sets = tensors::<T>(cuda, shape, dry_run)?;
+    let every = if effort.dry_run { DRY_RUN_EVERY } else { 1 };
+    let mut sets = tensors::<T>(cuda, shape, effort.dry_run)?;
     let mut general = Step::new(&cuda.with_choice(Choice::GENERAL), shape)?;
     // A backward pass needs statistics.
     general.run(Operation::Train, &mut sets[0])?;
@@ -219,9 +258,10 @@ fn try_all<T: Element>(cuda: &Cuda, problem: &Problem, dry_run: bool, summary: &
     })?;
 
     let mut ways = Vec::new();
-    let plans = Plan::candidates(problem, cuda.limits())?;
-    let best = plans.iter().map(Plan::modelled_time).fold(f64::INFINITY, f64::min);
-    for plan in plans.iter().filter(|plan| is_worth_trying(plan, best)).step_by(every) {
+    for plan in candidates(problem, cuda)?.iter().step_by(every) {
+        if effort.is_over() {
+            return Ok(None);
+        }
         let choice = plan.choice();
         let found = try_one(
             &cuda.with_choice(choice),
@@ -251,7 +291,7 @@ fn try_all<T: Element>(cuda: &Cuda, problem: &Problem, dry_run: bool, summary: &
             "wrong": wrong,
         }));
     }
-    Ok(json!({
+    Ok(Some(json!({
         "op": problem.operation.name(),
         "shape": [shape.batch, shape.channels, shape.height, shape.width],
         "layout": shape.layout.name(),
@@ -259,7 +299,7 @@ fn try_all<T: Element>(cuda: &Cuda, problem: &Problem, dry_run: bool, summary: &
         "least_bytes": Plan::new(problem, cuda.limits())?.minimum_bytes(),
         "copy_us": copy,
         "ways": ways,
-    }))
+    })))
 }
 
 const NO_ROOM: &str = "the driver has no room for a team";
@@ -287,7 +327,8 @@ fn tensors<T: Element>(cuda: &Cuda, shape: Shape, dry_run: bool) -> Answer<Vec<T
     };
     let values = |factor: usize| -> Vec<T> {
         let value = |i: usize| (i * factor % 4093) as f64 / 1024.0 - 1.5;
-        (0..len).map(|i| T::from_param(T::Param::from_f64(value(i)))).collect()
+        let element = |i| T::from_param(T::Param::from_f64(value(i)));
+        (0..len).into_par_iter().map(element).collect()
     };
     let (x, dy) = (values(7919), values(104_729));
     (0..sets)

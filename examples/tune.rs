@@ -22,7 +22,7 @@ type Answer<T> = Result<T, Box<dyn std::error::Error>>;
 /// Finds the costs by which plans would have chosen best in a sweep.
 #[derive(Parser)]
 struct Arguments {
-    /// The report of a sweep.
+    /// The report of a sweep, or that of `scripts/gpu-bundle` which holds one.
     sweep: PathBuf,
 }
 
@@ -40,7 +40,11 @@ fn main() -> ExitCode {
 }
 
 fn tune(arguments: &Arguments) -> Answer<()> {
-    let report: Value = serde_json::from_str(&std::fs::read_to_string(&arguments.sweep)?)?;
+    let mut report: Value = serde_json::from_str(&std::fs::read_to_string(&arguments.sweep)?)?;
+    if let Some(steps) = report["steps"].as_array() {
+        let sweep = steps.iter().find(|step| step["step"] == "sweep");
+        report = sweep.ok_or("a report without a sweep")?["report"].clone();
+    }
     if report["stand_in"] != Value::Bool(false) {
         return Err("this report is of the stand-in driver, whose times say nothing about a GPU".into());
     }

@@ -8,9 +8,12 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
+import time
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -27,16 +30,18 @@ echo '{"full_id": "a", "throughput": {"Bytes": 4}}' >$CRITERION_HOME/a/new/bench
 echo '{"median": {"point_estimate": 2.5}}' >$CRITERION_HOME/a/new/estimates.json"""
 
 
-class Bundle:
-    """A bundle in which everything passes, until a test changes it."""
+SWEEP = """echo '{"best": 1}' >$2; echo 'swept'"""
 
-    def __init__(self, folder):
-        self.folder = pathlib.Path(folder)
-        self.tools = self.folder / "tools"
-        (self.folder / "tests").mkdir()
-        (self.folder / "steps").mkdir()
-        self.tools.mkdir()
-        shutil.copy(ROOT / "scripts" / "gpu-bundle-run", self.folder / "run")
+
+class Bundle:
+    """A bundle in which everything passes, until a test changes it. Packed anew for every run."""
+
+    def __init__(self, place):
+        self.place = pathlib.Path(place)
+        self.folder, self.tools, self.temporary = (self.place / name for name in ("files", "tools", "temporary"))
+        for folder in (self.folder, self.folder / "tests", self.folder / "steps", self.tools, self.temporary):
+            folder.mkdir()
+        shutil.copy(ROOT / "scripts" / "gpu-bundle-run", self.place / "run")
         (self.folder / "commit").write_text("0123456\n")
         self.program("quickstart", "echo 'Runs on the GPU: a device.'")
         self.json("fingerprint", FINGERPRINTS)
@@ -44,7 +49,9 @@ class Bundle:
         self.json("large_tensor", LARGE)
         self.program("tests/graph", PASSING_TEST)
         self.program("bench", BENCH)
-        self.program("tools/compute-sanitizer", SANITIZER)
+        self.program("steps/timings", "echo '9 figures'")
+        self.program("steps/sweep", SWEEP)
+        self.program("../tools/compute-sanitizer", SANITIZER)
         for name, value in (("fingerprint", FINGERPRINTS), ("intrinsics", INTRINSICS)):
             (self.folder / f"stand-in-{name}.json").write_text(json.dumps(value))
 
@@ -56,15 +63,22 @@ class Bundle:
     def json(self, name, value):
         self.program(name, f"cat <<'END'\n{json.dumps(value)}\nEND")
 
+    def start(self, *arguments):
+        with tarfile.open(self.place / "bundle.tar.xz", "w:xz", preset=0) as archive:
+            archive.add(self.folder, ".")
+        environment = {**os.environ, "PATH": f"{self.tools}:{os.environ['PATH']}", "TMPDIR": str(self.temporary)}
+        return subprocess.Popen([sys.executable, self.place / "run", "--report", "report.json", *arguments], text=True,
+                                cwd=self.place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
     def run(self, *arguments):
         """The exit status and every step's status, by name."""
-        report = self.folder / "report.json"
-        path = f"{self.tools}:{os.environ['PATH']}"
-        done = subprocess.run([sys.executable, self.folder / "run", "--report", report, *arguments], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PATH": path})
-        self.output = done.stdout
-        self.report = json.loads(report.read_text())
-        return done.returncode, {step["step"]: step["status"] for step in self.report["steps"]}
+        process = self.start(*arguments)
+        self.output, _ = process.communicate()
+        return process.returncode, self.statuses()
+
+    def statuses(self):
+        self.report = json.loads((self.place / "report.json").read_text())
+        return {step["step"]: step["status"] for step in self.report["steps"]}
 
     def step(self, name):
         return next(step for step in self.report["steps"] if step["step"] == name)
@@ -79,6 +93,7 @@ class Run(unittest.TestCase):
     def assert_only(self, name, status, *arguments):
         """One step has this status, all others have passed, and the exit status says so."""
         code, steps = self.bundle.run(*arguments)
+        steps.pop("test candle_cuda")
         self.assertEqual(steps.pop(name), status, self.bundle.output)
         self.assertEqual(set(steps.values()), {"passed"}, steps)
         self.assertEqual(code, 1)
@@ -86,9 +101,12 @@ class Run(unittest.TestCase):
 
     def test_all_passes(self):
         code, steps = self.bundle.run()
+        # Left out of the bundle by hand.
+        self.assertEqual(steps.pop("test candle_cuda"), "not run")
         self.assertEqual(set(steps.values()), {"passed"}, self.bundle.output)
-        self.assertEqual(len(steps), 10, steps)
+        self.assertEqual(len(steps), 12, steps)
         self.assertEqual(code, 0)
+        self.assertTrue(self.bundle.report["finished"] and self.bundle.report["passed"])
         self.assertEqual(self.bundle.report["kind"], "real driver")
         self.assertEqual(self.bundle.report["commit"], "0123456")
         self.assertIn("graph capture and replay", self.bundle.step("test graph")["detail"])
@@ -155,19 +173,19 @@ class Run(unittest.TestCase):
         self.assertEqual(self.bundle.step("large tensor")["detail"], "Error: y[7] is 1, not 2")
 
     def test_sanitizer_errors(self):
-        self.bundle.program("tools/compute-sanitizer", SANITIZER.replace("0 hazards", "2 hazards") + "; exit 99")
+        self.bundle.program("../tools/compute-sanitizer", SANITIZER.replace("0 hazards", "2 hazards") + "; exit 99")
         code, steps = self.bundle.run()
         self.assertEqual(steps["compute-sanitizer racecheck"], "failed")
         self.assertEqual(code, 1)
 
     def test_a_sanitizer_that_cannot_attach(self):
-        self.bundle.program("tools/compute-sanitizer", "echo 'Error: no permission'; exit 1")
+        self.bundle.program("../tools/compute-sanitizer", "echo 'Error: no permission'; exit 1")
         _, steps = self.bundle.run()
         tools = [status for name, status in steps.items() if name.startswith("compute-sanitizer")]
         self.assertEqual(tools, ["not run"] * 4)
 
     def test_a_sanitizer_that_saw_nothing(self):
-        self.bundle.program("tools/compute-sanitizer", "echo '========= ERROR SUMMARY: 0 errors'")
+        self.bundle.program("../tools/compute-sanitizer", "echo '========= ERROR SUMMARY: 0 errors'")
         _, steps = self.bundle.run()
         tools = [status for name, status in steps.items() if name.startswith("compute-sanitizer")]
         self.assertNotIn("passed", tools)
@@ -177,11 +195,77 @@ class Run(unittest.TestCase):
         self.assert_only("bench", "failed")
 
     def test_time_that_is_used_up(self):
-        self.bundle.program("quickstart", "sleep 2; echo 'Runs on the GPU: a device.'")
-        code, steps = self.bundle.run("--seconds", "1.5")
-        self.assertEqual(steps.pop("quickstart"), "failed")
+        self.bundle.program("quickstart", "sleep 30; echo 'Runs on the GPU: a device.'")
+        start = time.monotonic()
+        code, steps = self.bundle.run("--seconds", "0.5")
+        self.assertLess(time.monotonic() - start, 10)
+        self.assertEqual(steps.pop("quickstart"), "not run")
         self.assertEqual(set(steps.values()), {"not run"}, steps)
         self.assertEqual(code, 1)
+
+    def test_a_step_takes_nothing_of_those_after_it(self):
+        self.bundle.program("../tools/compute-sanitizer", "echo begun; sleep 30")
+        code, steps = self.bundle.run("--seconds", "20", "--skip", "quickstart,tests,intrinsics,fingerprints",
+                                     "--jobs", "5")
+        cut = [name for name, status in steps.items() if status == "cut"]
+        self.assertEqual(len(cut), 4, steps)
+        self.assertEqual(self.bundle.step(cut[0])["log"], "begun\n")
+        for name in ("large tensor", "timings", "sweep", "bench"):
+            self.assertEqual(steps[name], "passed", self.bundle.output)
+        self.assertEqual(code, 1)
+
+    def test_what_is_cut_leaves_no_process(self):
+        mark = self.bundle.place / "mark"
+        self.bundle.program("quickstart", f"(sleep 4; touch {mark}) & wait")
+        _, steps = self.bundle.run("--seconds", "2", "--only", "quickstart")
+        self.assertEqual(steps["quickstart"], "cut")
+        time.sleep(4)
+        self.assertFalse(mark.exists())
+
+    def test_a_run_that_is_stopped_leaves_a_report(self):
+        mark = self.bundle.place / "mark"
+        self.bundle.program("tests/graph", f"touch {mark}; sleep 30")
+        self.bundle.program("tests/state", PASSING_TEST)
+        process = self.bundle.start("--jobs", "1")
+        while not mark.exists():
+            self.assertIsNone(process.poll())
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+        self.assertNotEqual(process.returncode, 0)
+        steps = self.bundle.statuses()
+        self.assertEqual(steps.pop("test candle_cuda"), "not run")
+        self.assertEqual(steps, {name: "passed" for name in ("quickstart", "intrinsics", "fingerprints")})
+        self.assertEqual(list(self.bundle.temporary.iterdir()), [])
+        self.assertFalse(self.bundle.report["finished"])
+        self.assertNotIn("passed", self.bundle.report)
+
+    def test_nothing_stays_behind(self):
+        self.bundle.run()
+        self.assertEqual(list(self.bundle.temporary.iterdir()), [])
+
+    def test_programs_run_side_by_side(self):
+        # Each ends only where the other has begun.
+        for name, other in (("graph", "state"), ("state", "graph")):
+            meeting = f"touch {self.bundle.place}/{name}; until [ -e {self.bundle.place}/{other} ]; do sleep 0.1; done"
+            self.bundle.program(f"tests/{name}", f"{meeting}\n{PASSING_TEST}")
+        _, steps = self.bundle.run("--only", "tests", "--jobs", "2", "--seconds", "20")
+        self.assertEqual((steps["test graph"], steps["test state"]), ("passed", "passed"), self.bundle.output)
+        for name in ("graph", "state"):
+            (self.bundle.place / name).unlink()
+        _, steps = self.bundle.run("--only", "tests", "--jobs", "1", "--seconds", "4")
+        self.assertEqual((steps["test graph"], steps["test state"]), ("cut", "not run"), self.bundle.output)
+
+    def test_a_library_that_is_missing(self):
+        (self.bundle.place / "missing.c").write_text("int f(void) { return 0; }")
+        (self.bundle.place / "main.c").write_text("int f(void); int main(void) { return f(); }")
+        library, test = self.bundle.place / "libmissing.so", self.bundle.folder / "tests" / "candle_cuda"
+        compile = lambda *words: subprocess.run(["cc", *words], cwd=self.bundle.place, check=True)
+        compile("-shared", "-fPIC", "-Wl,-soname,libmissing.so.13", "missing.c", "-o", library)
+        compile("main.c", library, "-o", test)
+        _, steps = self.bundle.run("--only", "tests")
+        self.assertEqual(steps["test candle_cuda"], "not run")
+        self.assertEqual(self.bundle.step("test candle_cuda")["detail"], "not on this machine: libmissing.so.13")
 
     def test_a_step_that_breaks_the_script(self):
         (self.bundle.folder / "stand-in-fingerprint.json").unlink()
@@ -193,20 +277,27 @@ class Run(unittest.TestCase):
         self.assertEqual(code, 0)
         _, steps = self.bundle.run("--only", "quickstart")
         self.assertEqual([name for name, status in steps.items() if status == "passed"], ["quickstart"])
+        _, steps = self.bundle.run("--only", "speed")
+        self.assertEqual([name for name, status in steps.items() if status == "passed"], ["timings", "sweep", "bench"])
+        process = self.bundle.start("--only", "fingerprint")
+        self.assertIn("no step or group: fingerprint", process.communicate()[0])
 
-    def test_further_steps(self):
-        self.bundle.program("steps/sweep", "echo '{\"best\": 1}' >$2; echo 'swept'")
-        (self.bundle.folder / "steps" / "sweep.seconds").write_text("5\n")
-        code, steps = self.bundle.run()
+    def test_measuring_programs(self):
+        code, steps = self.bundle.run("--only", "sweep")
         self.assertEqual((code, steps["sweep"]), (0, "passed"))
         self.assertEqual(self.bundle.step("sweep")["report"], {"best": 1})
+        # Told how long it may take.
+        self.bundle.program("steps/sweep", f"echo $4; {SWEEP}; exit 75")
+        code, steps = self.bundle.run("--only", "sweep", "--seconds", "100")
+        self.assertEqual((code, steps["sweep"], self.bundle.step("sweep")["report"]), (1, "cut", {"best": 1}))
+        self.assertTrue(80 <= int(self.bundle.step("sweep")["log"].split()[0]) <= 95)
         self.bundle.program("steps/sweep", "echo 'no peers here'; exit 77")
         self.assert_only("sweep", "not run")
         self.bundle.program("steps/sweep", "echo 'wrong'; exit 3")
         self.assert_only("sweep", "failed")
-        self.bundle.program("steps/sweep", "sleep 30")
-        (self.bundle.folder / "steps" / "sweep.seconds").write_text("1\n")
-        self.assert_only("sweep", "failed")
+        self.bundle.program("steps/sweep", f"{SWEEP}; sleep 30")
+        _, steps = self.bundle.run("--only", "sweep", "--seconds", "3")
+        self.assertEqual((steps["sweep"], self.bundle.step("sweep")["report"]), ("cut", {"best": 1}))
 
     def test_a_dry_run_says_so(self):
         self.bundle.json("intrinsics", {**INTRINSICS, "driver": "stand-in"})
