@@ -43,7 +43,11 @@ fn tune(arguments: &Arguments) -> Answer<()> {
     let mut report: Value = serde_json::from_str(&std::fs::read_to_string(&arguments.sweep)?)?;
     if let Some(steps) = report["steps"].as_array() {
         let sweep = steps.iter().find(|step| step["step"] == "sweep");
-        report = sweep.ok_or("a report without a sweep")?["report"].clone();
+        let sweep = sweep.ok_or("a report without a sweep")?;
+        if sweep["report"].is_null() {
+            return Err(format!("the sweep of this report has no pass: {}, {}", sweep["status"], sweep["detail"]).into());
+        }
+        report = sweep["report"].clone();
     }
     if report["stand_in"] != Value::Bool(false) {
         return Err("this report is of the stand-in driver, whose times say nothing about a GPU".into());

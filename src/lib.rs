@@ -186,7 +186,7 @@
 //! # }
 //! ```
 //!
-//! The graph holds addresses: module, `saved` and tensors must live as long as it is launched. `examples/cuda_graph.rs`
+//! The graph holds addresses: module, `saved` and tensors must live as long as it is launched. The example `cuda_graph`
 //! captures a whole training step, and compares the graph's results with those of the steps one by one.
 //!
 //! # Compiled kernels

@@ -74,7 +74,10 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
             let period = task.channels.len() * interleaved.repeats();
             table.repeat(task.channels.len(), interleaved.repeats());
             let runs = interleaved.rows(&task.channels, &task.chunks);
-            // All runs have the same head, or there is no streaming.
+            // Of several runs, each starts a stride behind the one before: in the same place of a line, or none is streamed.
+            let aligned = aligned.filter(|sink| {
+                runs.count == 1 || sink.until_aligned(runs.start(0)) == sink.until_aligned(runs.start(1))
+            });
             let head = head(runs.start(0), runs.len, aligned);
             if head > 0 {
                 for run in 0..runs.count {

@@ -151,9 +151,9 @@ fn add_columns<S: Level, P: Real, const M: usize, const U: usize>(
             let b = terms.terms(Block::new(runs.start(run + 1), position, count));
             let c = terms.terms(Block::new(runs.start(run + 2), position, count));
             let d = terms.terms(Block::new(runs.start(run + 3), position, count));
-            for sum in 0..M {
+            for (sum, vectors) in totals.iter_mut().enumerate() {
                 let added = level.add(level.add(a[sum], b[sum]), level.add(c[sum], d[sum]));
-                totals[sum][vector] = level.add(totals[sum][vector], first(level, added, count));
+                vectors[vector] = level.add(vectors[vector], first(level, added, count));
             }
         }
     }

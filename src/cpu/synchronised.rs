@@ -93,7 +93,7 @@ impl SyncBackend for Cpu {
             pass.saved.invstd[channel] = batch_invstd(variance, eps);
             *variance_kept = variance;
         }
-        exchange.outcome = vec![SOUND, values as i64];
+        exchange.outcome.copy_from_slice(&[SOUND, values as i64]);
         Ok(())
     }
 

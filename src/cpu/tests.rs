@@ -569,21 +569,25 @@ fn instruction_sets_agree_bit_for_bit_f64() {
 
 #[test]
 fn instruction_sets_agree_bit_for_bit_past_the_caches() {
-    fn agree<T: Element>(shape: Shape) {
+    fn agree<T: Element>(shape: Shape, epilogue: Epilogue) {
         assert!(super::streams::<T>(&Geometry::new(shape)));
         let results: Vec<_> = Simd::all()
             .into_iter()
-            .map(|simd| step::<T>(simd, THREADS_FROM, shape, Epilogue::Identity))
+            .map(|simd| step::<T>(simd, THREADS_FROM, shape, epilogue))
             .collect();
         for result in &results[1..] {
             assert!(*result == results[0], "{shape} {}", T::DTYPE);
         }
     }
     // Rows that start anywhere in a line, with and without whole vectors.
-    agree::<f32>(Shape::nchw(9, 3, 199, 201));
-    agree::<f32>(Shape::nchw(9, 3, 199, 201).channels_last());
-    agree::<f16>(Shape::nchw(5, 512, 30, 30).channels_last());
-    agree::<f64>(Shape::nchw(5, 3, 199, 201).channels_last());
+    agree::<f32>(Shape::nchw(9, 3, 199, 201), Epilogue::Identity);
+    agree::<f32>(Shape::nchw(9, 3, 199, 201).channels_last(), Epilogue::Identity);
+    agree::<f16>(Shape::nchw(5, 512, 30, 30).channels_last(), Epilogue::Identity);
+    agree::<f64>(Shape::nchw(5, 3, 199, 201).channels_last(), Epilogue::Identity);
+    // Rows of a part of the channels, each of which starts elsewhere in a line than the one before.
+    agree::<f32>(Shape::nchw(4, 300, 30, 30).channels_last(), Epilogue::AddRelu);
+    agree::<f16>(Shape::nchw(2200, 1000, 1, 1), Epilogue::Identity);
+    agree::<f64>(Shape::nchw(2, 300, 30, 30).channels_last(), Epilogue::Identity);
 }
 
 #[test]
