@@ -45,7 +45,11 @@ fn tune(arguments: &Arguments) -> Answer<()> {
         let sweep = steps.iter().find(|step| step["step"] == "sweep");
         let sweep = sweep.ok_or("a report without a sweep")?;
         if sweep["report"].is_null() {
-            return Err(format!("the sweep of this report has no pass: {}, {}", sweep["status"], sweep["detail"]).into());
+            return Err(format!(
+                "the sweep of this report has no pass: {}, {}",
+                sweep["status"], sweep["detail"]
+            )
+            .into());
         }
         report = sweep["report"].clone();
     }
