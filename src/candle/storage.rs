@@ -16,7 +16,7 @@ use super::operation::{NAME, Update};
 use super::shared::Shared;
 use crate::backend::Backend;
 use crate::config::Momentum;
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, count, move_running};
 use crate::element::{Plain, Real};
 
 /// Where a tensor of candle's lies.
@@ -175,22 +175,12 @@ impl Device for Cpu {
             let batches: &mut [i64] = Self::view_mut(moved.batches, 0..1)?;
             let mean: &mut [P] = Self::view_mut(moved.mean, 0..channels)?;
             let variance: &mut [P] = Self::view_mut(moved.variance, 0..channels)?;
-            batches[0] += 1;
-            let factor = match moved.momentum {
-                Momentum::Factor(momentum) => Real::from_f64(momentum),
-                Momentum::CumulativeAverage => P::ONE / Real::from_f64(batches[0] as f64),
-            };
-            let keep = P::ONE - factor;
-            for channel in 0..channels {
-                let batch = [batch_mean[channel], batch_variance[channel]];
-                if moved.skip_non_finite && !batch.into_iter().all(P::is_finite) {
-                    continue;
-                }
-                // In the operations of the CPU backend, for the same bits.
-                for (running, batch) in [&mut mean[channel], &mut variance[channel]].into_iter().zip(batch) {
-                    *running = keep * *running + factor * batch;
-                }
-            }
+            let factor = count(&mut batches[0], moved.momentum);
+            let batch = batch_mean
+                .iter()
+                .zip(batch_variance)
+                .map(|(&mean, &variance)| [mean, variance]);
+            move_running([mean, variance], factor, moved.skip_non_finite, batch);
             Ok(())
         })
     }

@@ -92,8 +92,26 @@ fn count_batch<T: Element>(update: RunningUpdate<'_, Cpu, T>) -> Running<'_, T::
     }
 }
 
+/// Moves running statistics towards the mean and unbiased variance of a batch, channel by channel on the calling thread, in the
+/// operations of [`Running`], for the same bits.
+pub(crate) fn move_running<P: Real>(
+    [means, variances]: [&mut [P]; 2],
+    factor: P,
+    skip_non_finite: bool,
+    batch: impl Iterator<Item = [P; 2]>,
+) {
+    let keep = P::ONE - factor;
+    for ((mean, variance), batch) in means.iter_mut().zip(variances).zip(batch) {
+        if skip_non_finite && !batch.into_iter().all(P::is_finite) {
+            continue;
+        }
+        *mean = keep * *mean + factor * batch[0];
+        *variance = keep * *variance + factor * batch[1];
+    }
+}
+
 /// Counts a batch; the factor of its statistics in the running ones.
-pub(super) fn count<P: Real>(batches: &mut i64, momentum: Momentum) -> P {
+pub(crate) fn count<P: Real>(batches: &mut i64, momentum: Momentum) -> P {
     *batches += 1;
     match momentum {
         Momentum::Factor(momentum) => P::from_f64(momentum),

@@ -23,6 +23,8 @@ mod synchronised;
 mod tests;
 mod workspace;
 
+#[cfg(feature = "candle")]
+pub(crate) use forward::{count, move_running};
 pub use workspace::Workspace;
 
 use crate::backend::{AsTensor, AsTensorMut, Backend, BackwardPass, ForwardPass};

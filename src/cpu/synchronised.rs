@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::Cpu;
 use super::coefficients::batch_invstd;
-use super::forward::count;
+use super::forward::{count, move_running};
 use super::geometry::{Geometry, Task};
 use super::gradients::{self, Part};
 use super::memory::{Sink, Source};
@@ -110,18 +110,17 @@ impl SyncBackend for Cpu {
             return Ok(());
         }
         let factor: T::Param = count(&mut update.batches[0], update.momentum);
-        let keep = T::Param::ONE - factor;
         let unbias = T::Param::from_f64(values / (values - 1.0));
         let [variances, _] = workspace.vectors();
-        for (channel, variance) in variances.iter().enumerate() {
-            let mean = saved.pivot[channel] + saved.mean_offset[channel];
-            let variance = *variance * unbias;
-            if update.skip_non_finite && !(mean.is_finite() && variance.is_finite()) {
-                continue;
-            }
-            update.mean[channel] = keep * update.mean[channel] + factor * mean;
-            update.variance[channel] = keep * update.variance[channel] + factor * variance;
-        }
+        let means = saved
+            .pivot
+            .iter()
+            .zip(&saved.mean_offset)
+            .map(|(&pivot, &offset)| pivot + offset);
+        let batch = means
+            .zip(&*variances)
+            .map(|(mean, &variance)| [mean, variance * unbias]);
+        move_running([update.mean, update.variance], factor, update.skip_non_finite, batch);
         Ok(())
     }
 
