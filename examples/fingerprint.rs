@@ -10,10 +10,13 @@
 //!
 //! `--small` leaves out what is long under a checking tool: large shapes, and what differs by constants alone.
 
+#[path = "ahead/compile.rs"]
+mod ahead;
+
 use std::process::ExitCode;
 
-use batchnorm_cuda::cuda::DiskCache;
 use batchnorm_cuda::cuda::plan::{Choice, Operation, Plan, Problem, Team};
+use batchnorm_cuda::cuda::{DeviceLimits, DiskCache};
 use batchnorm_cuda::cudarc::driver::CudaContext;
 use batchnorm_cuda::half::{bf16, f16};
 use batchnorm_cuda::{
@@ -37,7 +40,11 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match arguments.device().and_then(|cuda| fingerprints(&cuda, arguments.small)) {
+    let cache = arguments.cache();
+    match arguments
+        .device(&cache)
+        .and_then(|cuda| fingerprints(&cuda, arguments.small, &cache))
+    {
         Ok(fingerprints) => {
             println!("{fingerprints:#}");
             ExitCode::SUCCESS
@@ -50,14 +57,21 @@ fn main() -> ExitCode {
 }
 
 impl Arguments {
-    fn device(&self) -> Result<Cuda> {
+    /// Kernels of the stand-in have no business among those of the user.
+    fn cache(&self) -> DiskCache {
+        match self.stand_in {
+            Some(_) => DiskCache::Off,
+            None => DiskCache::Default,
+        }
+    }
+
+    fn device(&self, cache: &DiskCache) -> Result<Cuda> {
         let Some(profile) = &self.stand_in else {
             return Cuda::new(0);
         };
         emulator::install();
         let context = CudaContext::new(emulator::ordinal(profile)).expect("the stand-in's device");
-        // Kernels of the stand-in have no business among those of the user.
-        Cuda::with_cache(context.default_stream(), DiskCache::Off)
+        Cuda::with_cache(context.default_stream(), cache.clone())
     }
 }
 
@@ -104,8 +118,65 @@ const CHOICES: [Choice; 7] = [
     Choice::resident(Some(Team::Grid)),
 ];
 
-fn fingerprints(cuda: &Cuda, small: bool) -> Result<Value> {
-    let mut cases = Map::new();
+/// What is run: one line of the result.
+struct Case {
+    shape: Shape,
+    choice: Choice,
+    epilogue: Epilogue,
+    dtype: Dtype,
+    plans: Vec<Plan>,
+}
+
+impl Case {
+    fn run(&self, cuda: &Cuda) -> Result<Value> {
+        let cuda = cuda.with_choice(self.choice);
+        match self.dtype {
+            Dtype::F16 => hashes::<f16>(&cuda, self.shape, self.epilogue),
+            Dtype::Bf16 => hashes::<bf16>(&cuda, self.shape, self.epilogue),
+            Dtype::F32 => hashes::<f32>(&cuda, self.shape, self.epilogue),
+            Dtype::F64 => hashes::<f64>(&cuda, self.shape, self.epilogue),
+        }
+    }
+
+    /// What runs: kernels, grids, splits.
+    fn launches(&self) -> Vec<String> {
+        let launches = self.plans.iter().flat_map(|plan| &plan.kernels);
+        let described = launches.map(|launch| {
+            let (block, splits) = (launch.block(), launch.tiling.splits);
+            let (instantiation, grid) = (&launch.instantiation, launch.grid);
+            format!("{instantiation}, {grid} x {block}, {splits} splits")
+        });
+        described.collect()
+    }
+
+    fn is_resident(&self) -> bool {
+        self.launches().iter().any(|launch| launch.contains("resident"))
+    }
+}
+
+fn fingerprints(cuda: &Cuda, small: bool, cache: &DiskCache) -> Result<Value> {
+    let cases = cases(cuda.limits(), small)?;
+    let plans: Vec<Plan> = cases.iter().flat_map(|case| case.plans.clone()).collect();
+    if *cache != DiskCache::Off {
+        ahead::compile(&plans, cuda.limits().architecture, cache);
+    }
+    let mut results = Map::new();
+    for case in cases {
+        let Case {
+            shape,
+            choice,
+            epilogue,
+            dtype,
+            ..
+        } = case;
+        let result = json!({ "plans": case.launches(), "results": case.run(cuda)? });
+        results.insert(format!("{shape} {dtype} {epilogue}, {choice}"), result);
+    }
+    Ok(json!({ "device": cuda.limits().name, "cases": results }))
+}
+
+fn cases(limits: &DeviceLimits, small: bool) -> Result<Vec<Case>> {
+    let mut cases = Vec::new();
     for (number, shape) in SHAPES.into_iter().enumerate() {
         if small && shape.len()? > SMALL {
             continue;
@@ -120,41 +191,27 @@ fn fingerprints(cuda: &Cuda, small: bool) -> Result<Value> {
                     if !(choice.general || in_turn) || (small && !(in_turn && place == turn % 4)) {
                         continue;
                     }
-                    let cuda = cuda.with_choice(choice);
-                    let plans = plans(&cuda, shape, epilogue, dtype)?;
+                    let plan = |operation| {
+                        let problem = Problem::new(operation, shape, dtype).epilogue(epilogue);
+                        Plan::chosen(&problem, limits, &choice)
+                    };
+                    let plans = Operation::ALL.into_iter().map(plan).collect::<Result<_>>()?;
+                    let case = Case {
+                        shape,
+                        choice,
+                        epilogue,
+                        dtype,
+                        plans,
+                    };
                     // Where no such team fits, the general path is taken, which was there before.
-                    if !choice.general && plans.iter().all(|plan| !plan.contains("resident")) {
-                        continue;
+                    if choice.general || case.is_resident() {
+                        cases.push(case);
                     }
-                    let hashes = match dtype {
-                        Dtype::F16 => hashes::<f16>(&cuda, shape, epilogue),
-                        Dtype::Bf16 => hashes::<bf16>(&cuda, shape, epilogue),
-                        Dtype::F32 => hashes::<f32>(&cuda, shape, epilogue),
-                        Dtype::F64 => hashes::<f64>(&cuda, shape, epilogue),
-                    }?;
-                    let case = json!({ "plans": plans, "results": hashes });
-                    cases.insert(format!("{shape} {dtype} {epilogue}, {choice}"), case);
                 }
             }
         }
     }
-    Ok(json!({ "device": cuda.limits().name, "cases": cases }))
-}
-
-/// What runs: kernels, grids, splits.
-fn plans(cuda: &Cuda, shape: Shape, epilogue: Epilogue, dtype: Dtype) -> Result<Vec<String>> {
-    let mut plans = Vec::new();
-    for operation in Operation::ALL {
-        let problem = Problem::new(operation, shape, dtype).epilogue(epilogue);
-        for launch in Plan::chosen(&problem, cuda.limits(), cuda.choice())?.kernels {
-            let (block, splits) = (launch.block(), launch.tiling.splits);
-            plans.push(format!(
-                "{}, {} x {block}, {splits} splits",
-                launch.instantiation, launch.grid
-            ));
-        }
-    }
-    Ok(plans)
+    Ok(cases)
 }
 
 /// Numbers between -4 and 4 that no two tensors share.

@@ -10,16 +10,18 @@
 //! than four times the L2 cache. Beside them is a copy of the same tensor. Ends with an error if a result is wrong, and with
 //! the exit status 75 if the time was used up before all had been tried; what was found by then is written all the same.
 
+#[path = "ahead/compile.rs"]
+mod ahead;
 #[path = "../benches/shapes/resnet_50.rs"]
 mod resnet_50;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use batchnorm_cuda::cuda::plan::{Choice, Operation, Plan, Problem};
-use batchnorm_cuda::cuda::{DiskCache, Instantiation, compile_ahead};
+use batchnorm_cuda::cuda::{DeviceLimits, DiskCache};
 use batchnorm_cuda::cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use batchnorm_cuda::cudarc::driver::{CudaContext, CudaGraph, CudaSlice};
 use batchnorm_cuda::half::{bf16, f16};
@@ -28,7 +30,6 @@ use batchnorm_cuda::{
     Shape,
 };
 use clap::Parser;
-use rayon::prelude::*;
 use serde_json::{Value, json};
 
 type Answer<T> = Result<T, Box<dyn std::error::Error>>;
@@ -56,6 +57,8 @@ const SAMPLE: usize = 1024;
 const SAMPLES: usize = 16;
 /// Ways whose modelled time is so many times that of the best are not tried: there are too many for a few minutes.
 const HOPELESS: f64 = 2.5;
+/// After so many elements a tensor's values begin again; a prime, so that no two planes are alike.
+const PERIOD: usize = 4093;
 /// Of how many candidates a dry run takes one.
 const DRY_RUN_EVERY: usize = 24;
 
@@ -120,42 +123,79 @@ fn sweep(arguments: &Arguments) -> Answer<Summary> {
     unsafe { context.disable_event_tracking() };
     let cuda = Cuda::with_cache(context.new_stream()?, cache.clone())?;
     let problems = problems(arguments.stand_in);
-    let mut summary = Summary {
-        not_reached: problems.len(),
-        ..Summary::default()
-    };
-    let mut passes = Vec::new();
     let effort = Effort {
         dry_run: arguments.stand_in,
         end: start + Duration::from_secs_f64(arguments.seconds),
     };
-    for problem in &problems {
-        if !arguments.stand_in {
-            compile(&cuda, problem, &cache, effort);
-        }
+    let mut sweep = Sweep {
+        arguments,
+        start,
+        effort,
+        cuda: &cuda,
+        summary: Summary {
+            not_reached: problems.len(),
+            ..Summary::default()
+        },
+        passes: Vec::new(),
+    };
+    std::thread::scope(|scope| {
+        let (compiled, next) = mpsc::channel();
+        let (limits, problems) = (cuda.limits(), &problems);
+        scope.spawn(move || {
+            for problem in problems {
+                if !effort.dry_run && !effort.is_over() {
+                    compile(problem, limits, &cache);
+                }
+                // Nobody listens any more where the sweep ended with an error.
+                if compiled.send(*problem).is_err() {
+                    break;
+                }
+            }
+        });
+        // The processor compiles what comes next while the GPU is timed.
+        next.into_iter().try_for_each(|problem| sweep.pass(&problem))
+    })?;
+    Ok(sweep.summary)
+}
+
+/// All that has been found so far.
+struct Sweep<'a> {
+    arguments: &'a Arguments,
+    start: Instant,
+    effort: Effort,
+    cuda: &'a Cuda,
+    summary: Summary,
+    passes: Vec<Value>,
+}
+
+impl Sweep<'_> {
+    /// Tries all ways of one pass, if there is time for them, and writes what has been found.
+    fn pass(&mut self, problem: &Problem) -> Answer<()> {
+        let (cuda, effort, summary) = (self.cuda, self.effort, &mut self.summary);
         let found = match problem.dtype {
-            Dtype::F16 => try_all::<f16>(&cuda, problem, effort, &mut summary),
-            Dtype::Bf16 => try_all::<bf16>(&cuda, problem, effort, &mut summary),
-            Dtype::F32 => try_all::<f32>(&cuda, problem, effort, &mut summary),
-            Dtype::F64 => try_all::<f64>(&cuda, problem, effort, &mut summary),
+            Dtype::F16 => try_all::<f16>(cuda, problem, effort, summary),
+            Dtype::Bf16 => try_all::<bf16>(cuda, problem, effort, summary),
+            Dtype::F32 => try_all::<f32>(cuda, problem, effort, summary),
+            Dtype::F64 => try_all::<f64>(cuda, problem, effort, summary),
         }?;
         // A pass that was not tried in all ways is of no use to `tune`.
-        let Some(found) = found else { break };
-        passes.push(found);
-        (summary.problems, summary.not_reached) = (passes.len(), problems.len() - passes.len());
+        let Some(found) = found else { return Ok(()) };
+        self.passes.push(found);
+        self.summary.problems += 1;
+        self.summary.not_reached -= 1;
         // After each, so that a program that is stopped has written something.
         let report = json!({
-            "stand_in": arguments.stand_in,
-            "limits": limits_to_json(&cuda),
-            "seconds": start.elapsed().as_secs_f64(),
-            "tried": summary.tried,
-            "wrong": summary.wrong,
-            "not_reached": summary.not_reached,
-            "passes": passes,
+            "stand_in": effort.dry_run,
+            "limits": limits_to_json(cuda),
+            "seconds": self.start.elapsed().as_secs_f64(),
+            "tried": self.summary.tried,
+            "wrong": self.summary.wrong,
+            "not_reached": self.summary.not_reached,
+            "passes": self.passes,
         });
-        std::fs::write(&arguments.json, format!("{report:#}\n"))?;
+        std::fs::write(&self.arguments.json, format!("{report:#}\n"))?;
+        Ok(())
     }
-    Ok(summary)
 }
 
 /// How much is tried.
@@ -171,7 +211,8 @@ impl Effort {
     }
 }
 
-/// ResNet-50 at both of its usual batches, and one tensor of images in full size; those that matter most come first.
+/// ResNet-50 at both of its usual batches, and one tensor of images in full size, in such an order that a sweep that is cut
+/// has seen some of everything.
 fn problems(small: bool) -> Vec<Problem> {
     let shapes: Vec<Shape> = if small {
         let planes = [Shape::nchw(3, 6, 14, 14), Shape::nchw(4, 16, 7, 7)];
@@ -203,30 +244,26 @@ fn problems(small: bool) -> Vec<Problem> {
             }
         }
     }
-    problems
+    // The multiples of the golden ratio fall into every part of the unit interval by turns.
+    let golden_ratio = (1.0 + 5.0_f64.sqrt()) / 2.0;
+    let mut order: Vec<(f64, Problem)> = problems
+        .into_iter()
+        .enumerate()
+        .map(|(number, problem)| ((number as f64 * golden_ratio).fract(), problem))
+        .collect();
+    order.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+    order.into_iter().map(|(_, problem)| problem).collect()
 }
 
-/// Fills the cache on disk with what is to be tried, by all cores at once. What cannot be compiled will say so when it is
-/// tried.
-fn compile(cuda: &Cuda, problem: &Problem, cache: &DiskCache, effort: Effort) {
-    let mut wanted: Vec<Instantiation> = candidates(problem, cuda)
-        .unwrap_or_default()
-        .iter()
-        .flat_map(|plan| &plan.kernels)
-        .map(|launch| launch.instantiation)
-        .collect();
-    let mut seen = std::collections::HashSet::new();
-    wanted.retain(|instantiation| seen.insert(*instantiation));
-    wanted.par_iter().for_each(|instantiation| {
-        if !effort.is_over() {
-            let _ = compile_ahead(instantiation, cuda.limits().architecture, cache);
-        }
-    });
+/// Fills the cache on disk with what is to be tried, by all cores at once.
+fn compile(problem: &Problem, limits: &DeviceLimits, cache: &DiskCache) {
+    let plans = candidates(problem, limits).unwrap_or_default();
+    ahead::compile(&plans, limits.architecture, cache);
 }
 
 /// The ways that are worth trying.
-fn candidates(problem: &Problem, cuda: &Cuda) -> batchnorm_cuda::Result<Vec<Plan>> {
-    let mut plans = Plan::candidates(problem, cuda.limits())?;
+fn candidates(problem: &Problem, limits: &DeviceLimits) -> batchnorm_cuda::Result<Vec<Plan>> {
+    let mut plans = Plan::candidates(problem, limits)?;
     let best = plans.iter().map(Plan::modelled_time).fold(f64::INFINITY, f64::min);
     plans.retain(|plan| is_worth_trying(plan, best));
     Ok(plans)
@@ -258,7 +295,7 @@ fn try_all<T: Element>(cuda: &Cuda, problem: &Problem, effort: Effort, summary: 
     })?;
 
     let mut ways = Vec::new();
-    for plan in candidates(problem, cuda)?.iter().step_by(every) {
+    for plan in candidates(problem, cuda.limits())?.iter().step_by(every) {
         if effort.is_over() {
             return Ok(None);
         }
@@ -326,9 +363,13 @@ fn tensors<T: Element>(cuda: &Cuda, shape: Shape, dry_run: bool) -> Answer<Vec<T
         1 + 4 * cuda.limits().l2_cache as usize / (2 * len * size_of::<T>())
     };
     let values = |factor: usize| -> Vec<T> {
-        let value = |i: usize| (i * factor % 4093) as f64 / 1024.0 - 1.5;
-        let element = |i| T::from_param(T::Param::from_f64(value(i)));
-        (0..len).into_par_iter().map(element).collect()
+        let value = |i: usize| (i * factor % PERIOD) as f64 / 1024.0 - 1.5;
+        let period: Vec<T> = (0..PERIOD)
+            .map(|i| T::from_param(T::Param::from_f64(value(i))))
+            .collect();
+        let mut values = period.repeat(len.div_ceil(PERIOD));
+        values.truncate(len);
+        values
     };
     let (x, dy) = (values(7919), values(104_729));
     (0..sets)

@@ -42,17 +42,16 @@ KERNEL(backward_reduce, Arguments, THREADS) {
     Walk walk(tiling, task, arguments.x);
     const Normaliser normaliser(staged, tiling, task, walk);
     ThreadSums found;
-    while (!walk.done()) {
+    for_each_chunk(walk, [&](bool full) {
       Span spans[UNROLL];
       Pack x[UNROLL], y[UNROLL], dy[UNROLL];
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) {
-        spans[u] = walk.next();
+        spans[u] = walk.next(full);
         x[u] = load_span<Cached>(arguments.x, spans[u]);
         dy[u] = load_span<Cached>(arguments.dy, spans[u]);
         if (HAS_RESIDUAL) y[u] = load_span<Cached>(arguments.y, spans[u]);
       }
-      found.begin_chunk();
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) {
         Pack dx, dz;
@@ -74,7 +73,7 @@ KERNEL(backward_reduce, Arguments, THREADS) {
         }
       }
       found.end_chunk();
-    }
+    });
 
     Sums states[LANES];
     found.put_down(states);

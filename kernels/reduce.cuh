@@ -3,7 +3,8 @@
 // A State is a running result (Welford, or the sums of the backward pass) that stands for {weight, first, second} when
 // it is put down. It is put down twice: in shared memory, one per thread and lane, and in global memory, one per
 // channel and split. Each time a team of threads (a warp or less) takes a channel: every member joins its share one
-// after another, then they join pairwise. The order is fixed, so the result is the same on every run.
+// after another, then they join pairwise, by the State's own rule (State::Joined). The order is fixed, so the result is
+// the same on every run.
 #pragma once
 #include "tensor.cuh"
 
@@ -43,29 +44,26 @@ struct Exchange {
   }
 };
 
-// Joins the states of a team. Every thread of the warp takes part; the result is that of the whole team in each of its
-// threads. The lower lane's state is always the left one.
-template <class State>
-DEVICE State reduce_team(State state, u32 team) {
-  for (u32 lanes = team / 2; lanes > 0; lanes /= 2) {
-    const State other = state.shuffled(lanes);
-    state = threadIdx.x & lanes ? State::merge(other, state) : State::merge(state, other);
-  }
-  return state;
-}
-
 // Joins `parts` results per channel of the strip, which `get(part, channel)` finds, and gives what comes out to
 // `take(channel, state)`, in one thread for each channel.
 template <class State, class Get, class Take>
 DEVICE void join(const Tiling& tiling, const Task& task, u32 parts, Get get, Take take) {
+  enum { AT_ONCE = 4 };  // so that as many loads are under way
   const u32 team = (u32)tiling.team, member = threadIdx.x % team, teams = THREADS / team;
   for (u32 round = 0; round < task.channels; round += teams) {
-    const u32 channel = round + threadIdx.x / team;
-    State state = State::empty();
-    for (u32 part = member; part < parts && channel < task.channels; part += team)
-      state = State::merge(state, get(part, channel));
-    state = reduce_team(state, team);
-    if (member == 0 && channel < task.channels) take(channel, state);
+    const u32 channel = round + threadIdx.x / team, own_parts = channel < task.channels ? parts : 0;
+    typename State::Joined joined(own_parts > 0 ? get(0, channel) : State::empty());
+    for (u32 begin = member; begin < own_parts; begin += AT_ONCE * team) {
+      State states[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++)
+        states[i] = begin + i * team < own_parts ? get(begin + i * team, channel) : State::empty();
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) joined.add(states[i]);
+    }
+    // Every thread of the warp takes part.
+    for (u32 lanes = team / 2; lanes > 0; lanes /= 2) joined.add_shuffled(lanes);
+    if (member == 0 && own_parts > 0) take(channel, joined.total());
   }
 }
 

@@ -45,15 +45,14 @@ DEVICE void find_sums(const Arguments& arguments, const Task& task, const Backwa
   Walk walk(tiling, task, arguments.x);
   const Normaliser normaliser(staged, tiling, task, walk);
   ThreadSums found;
-  while (!walk.done()) {
+  for_each_chunk(walk, [&](bool full) {
     Span spans[UNROLL];
     Pack y[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
-      spans[u] = walk.next();
+      spans[u] = walk.next(full);
       if (HAS_RESIDUAL) y[u] = load_span<LastUse>(arguments.y, spans[u]);
     }
-    found.begin_chunk();
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
       const Pack x = take(chip.buffer(stage, 0), spans[u]), dy = take(gradients, spans[u]);
@@ -70,7 +69,7 @@ DEVICE void find_sums(const Arguments& arguments, const Task& task, const Backwa
       if (HAS_RELU && owns_any(spans[u])) store_shared<VECTOR>(gradients + (Index)spans[u].place * VECTOR, passed);
     }
     found.end_chunk();
-  }
+  });
 
   Sums states[LANES];
   found.put_down(states);
@@ -92,12 +91,12 @@ DEVICE void apply_gradient(const Arguments& arguments, const Task& task, const B
   const PerLane scale(staged, Staged::SCALE, tiling, task, walk);
   const PerLane mean_gradient(staged, MEAN_GRADIENT, tiling, task, walk);
   const PerLane slope(staged, SLOPE, tiling, task, walk);
-  while (!walk.done()) {
+  for_each_chunk(walk, [&](bool full) {
     Span spans[UNROLL];
     Pack x[UNROLL], g[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
-      spans[u] = walk.next();
+      spans[u] = walk.next(full);
       x[u] = take(chip.buffer(stage, 0), spans[u]);
       g[u] = take(chip.buffer(stage, 1), spans[u]);
     }
@@ -113,7 +112,7 @@ DEVICE void apply_gradient(const Arguments& arguments, const Task& task, const B
       if (arguments.dx) store_span(arguments.dx, spans[u], dx);
       if (HAS_RESIDUAL && arguments.dz) store_span(arguments.dz, spans[u], g[u]);
     }
-  }
+  });
 }
 
 RESIDENT_KERNEL(resident_backward, Arguments) {

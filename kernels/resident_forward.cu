@@ -29,7 +29,9 @@ struct Arguments {
   Tiling tiling;
 };
 
-typedef Chip<1, Staged::ROWS> ForwardChip;
+enum { VARIANCE = Staged::ROWS, ROWS };
+
+typedef Chip<1, ROWS> ForwardChip;
 
 // Before the strip's values have come: the pivots, and weight and bias where scale and shift will be.
 DEVICE void stage_parameters(const Arguments& arguments, const Task& task, const Staged& staged) {
@@ -48,41 +50,51 @@ DEVICE void find_statistics(const Arguments& arguments, const Task& task, const 
   Walk walk(tiling, task, arguments.x);
   const PerLane pivot(staged, Staged::PIVOT, tiling, task, walk);
   ThreadStatistics found;
-  while (!walk.done()) {
+  for_each_chunk(walk, [&](bool full) {
     Span spans[UNROLL];
     Pack x[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
-      spans[u] = walk.next();
+      spans[u] = walk.next(full);
       x[u] = take(chip.buffer(stage, 0), spans[u]);
     }
     found.push(x, spans, pivot);
-  }
+  });
 
   Welford states[LANES];
   found.put_down(states);
-  const RunningUpdate& update = arguments.update;
   reduce_over_team(chip, tiling, task, states, arguments.partials, lap, [&](u32 channel, const Welford& total) {
     const Moments moments = total.moments;
     const Real invstd = batch_inverse_deviation(moments.variance, (Real)arguments.eps);
     staged.at(Staged::MEAN_OFFSET, channel) = moments.mean;
+    staged.at(VARIANCE, channel) = moments.variance;
+    staged.at(Staged::INVSTD, channel) = invstd;
     staged.at(Staged::SCALE, channel) = invstd * staged.at(Staged::SCALE, channel);
-    if (task.split != 0) return;
+  });
+}
+
+// What one block of a team leaves behind of a strip. It waits for memory, and nothing else waits for it.
+DEVICE void publish(const Arguments& arguments, const Task& task, const Staged& staged) {
+  const RunningUpdate& update = arguments.update;
+  for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
     const Index c = task.channel + channel;
-    const Real pivot = staged.at(Staged::PIVOT, channel);
+    const Real pivot = staged.at(Staged::PIVOT, channel), mean_offset = staged.at(Staged::MEAN_OFFSET, channel);
     store_one(arguments.pivot + c, pivot);
-    store_one(arguments.mean_offset + c, moments.mean);
-    store_one(arguments.invstd + c, invstd);
+    store_one(arguments.mean_offset + c, mean_offset);
+    store_one(arguments.invstd + c, staged.at(Staged::INVSTD, channel));
     if (update.mean) {
       const Real momentum = arguments.cumulative ? update.cumulative_factor() : (Real)update.momentum;
-      update.move(c, pivot + moments.mean, moments.variance, momentum);
+      update.move(c, pivot + mean_offset, staged.at(VARIANCE, channel), momentum);
     }
-  });
-  if (!update.mean || task.split != 0 || threadIdx.x != 0) return;
+  }
+  if (!update.mean) return;
   // Where channels take their factor from the count of batches, the last strip that is done counts this one.
   if (!arguments.cumulative) {
-    if (task.strip == 0) update.count_batch();
-  } else if (arrive(arguments.finished) == (u32)tiling.strips - 1) {
+    if (task.strip == 0 && threadIdx.x == 0) update.count_batch();
+    return;
+  }
+  block_barrier();
+  if (threadIdx.x == 0 && arrive(arguments.finished) == (u32)arguments.tiling.strips - 1) {
     update.count_batch();
     store_one(arguments.finished, 0u);
   }
@@ -91,12 +103,12 @@ DEVICE void find_statistics(const Arguments& arguments, const Task& task, const 
 DEVICE void normalise(const Arguments& arguments, const Task& task, const ForwardChip& chip, u32 stage) {
   Walk walk(arguments.tiling, task, arguments.x);
   const Normaliser normaliser(chip.staged(), arguments.tiling, task, walk);
-  while (!walk.done()) {
+  for_each_chunk(walk, [&](bool full) {
     Span spans[UNROLL];
     Pack z[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
-      spans[u] = walk.next();
+      spans[u] = walk.next(full);
       if (HAS_RESIDUAL) z[u] = load_span<LastUse>(arguments.z, spans[u]);
     }
 #pragma unroll
@@ -108,7 +120,7 @@ DEVICE void normalise(const Arguments& arguments, const Task& task, const Forwar
         y.lane[e] = forward_epilogue(normaliser.normalised(x.lane[e], e), HAS_RESIDUAL ? z[u].lane[e] : Element());
       store_span(arguments.y, spans[u], y);
     }
-  }
+  });
 }
 
 RESIDENT_KERNEL(resident_forward, Arguments) {
@@ -118,6 +130,7 @@ RESIDENT_KERNEL(resident_forward, Arguments) {
   const auto work = [&](const Task& task, u32 stage, u32 lap) {
     find_statistics(arguments, task, chip, stage, lap);
     normalise(arguments, task, chip, stage);
+    if (task.split == 0) publish(arguments, task, chip.staged());
   };
   for_each_strip(chip, arguments.tiling, tensors, begin, work);
 }

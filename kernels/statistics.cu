@@ -36,16 +36,16 @@ KERNEL(statistics, Arguments, THREADS) {
     Walk walk(tiling, task, arguments.x);
     const PerLane pivot(pivots, Staged::PIVOT, tiling, task, walk);
     ThreadStatistics found;
-    while (!walk.done()) {
+    for_each_chunk(walk, [&](bool full) {
       Span spans[UNROLL];
       Pack x[UNROLL];
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) {
-        spans[u] = walk.next();
+        spans[u] = walk.next(full);
         x[u] = load_span<Cached>(arguments.x, spans[u]);
       }
       found.push(x, spans, pivot);
-    }
+    });
 
     Welford states[LANES];
     found.put_down(states);

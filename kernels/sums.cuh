@@ -25,10 +25,23 @@ struct Sums {
   Real gradient, centred;
 
   DEVICE static Sums empty() { return from(0, Real(0), Real(0)); }
-  DEVICE static Sums merge(const Sums& a, const Sums& b) {
-    return from(0, a.gradient + b.gradient, a.centred + b.centred);
-  }
-  DEVICE Sums shuffled(int lanes) const { return from(0, shuffle_xor(gradient, lanes), shuffle_xor(centred, lanes)); }
+
+  // Any number of them, added up in double precision.
+  struct Joined {
+    double gradient, centred;
+
+    DEVICE explicit Joined(const Sums&) : gradient(0.0), centred(0.0) {}
+    DEVICE void add(const Sums& sums) {
+      gradient = gradient + (double)sums.gradient;
+      centred = centred + (double)sums.centred;
+    }
+    DEVICE void add_shuffled(int lanes) {
+      gradient = gradient + shuffle_xor(gradient, lanes);
+      centred = centred + shuffle_xor(centred, lanes);
+    }
+    DEVICE Sums total() const { return from(0, (Real)gradient, (Real)centred); }
+  };
+
   DEVICE u64 weight() const { return 0; }
   DEVICE Real first() const { return gradient; }
   DEVICE Real second() const { return centred; }
@@ -38,33 +51,46 @@ struct Sums {
   }
 };
 
-// What one thread learns of them on its way through a task: the plain sums of a chunk of vectors, which are then added
-// up with their rounding errors kept.
+// What one thread learns of them on its way through a task: plain sums of a few vectors, which are then added up with
+// their rounding errors kept.
 struct ThreadSums {
-  CompensatedSum gradient[LANES], centred[LANES];
-  Real chunk[VECTOR], chunk_centred[VECTOR];
+  // Chunks of UNROLL vectors that go into a plain sum: some 16 values, be they of one channel or each of its own.
+  enum { CHUNKS = LANES == 1 ? 1 : 8 };
 
-  DEVICE void begin_chunk() {
-#pragma unroll
-    for (int e = 0; e < VECTOR; e++) chunk[e] = chunk_centred[e] = Real(0);
-  }
+  CompensatedSum gradient[LANES], centred[LANES];
+  Real plain[VECTOR], plain_centred[VECTOR];
+  u32 chunks;
+
+  DEVICE ThreadSums() : chunks(0) { clear(); }
 
   DEVICE void add(int e, Real g, Real distance) {
-    chunk[e] = chunk[e] + g;
-    chunk_centred[e] = fma_rn(g, distance, chunk_centred[e]);
+    plain[e] = plain[e] + g;
+    plain_centred[e] = fma_rn(g, distance, plain_centred[e]);
   }
 
   DEVICE void end_chunk() {
-    fold(chunk);
-    fold(chunk_centred);
-#pragma unroll
-    for (int lane = 0; lane < LANES; lane++) {
-      gradient[lane].add(chunk[lane]);
-      centred[lane].add(chunk_centred[lane]);
-    }
+    chunks++;
+    if (chunks % CHUNKS == 0) gather();
   }
 
-  DEVICE void put_down(Sums (&states)[LANES]) const {
+  DEVICE void gather() {
+    fold(plain);
+    fold(plain_centred);
+#pragma unroll
+    for (int lane = 0; lane < LANES; lane++) {
+      gradient[lane].add(plain[lane]);
+      centred[lane].add(plain_centred[lane]);
+    }
+    clear();
+  }
+
+  DEVICE void clear() {
+#pragma unroll
+    for (int e = 0; e < VECTOR; e++) plain[e] = plain_centred[e] = Real(0);
+  }
+
+  DEVICE void put_down(Sums (&states)[LANES]) {
+    if (CHUNKS > 1) gather();
 #pragma unroll
     for (int lane = 0; lane < LANES; lane++)
       states[lane] = Sums::from(0, gradient[lane].total(), centred[lane].total());

@@ -113,9 +113,10 @@ struct Walk {
   }
 
   DEVICE bool done() const { return row >= end; }
+  DEVICE bool full() const { return row + (UNROLL - 1) * rows_at_once < end; }
 
-  DEVICE Span next() {
-    const Span span = {offset, place, 0, row < end ? (u32)VECTOR : 0u};
+  DEVICE Span next(bool in_full_chunk = false) {
+    const Span span = {offset, place, 0, in_full_chunk || row < end ? (u32)VECTOR : 0u};
     row += rows_at_once;
     offset += step;
     place += place_step;
@@ -152,8 +153,13 @@ struct Walk {
   }
 
   DEVICE bool done() const { return place >= places; }
+#if EDGES
+  DEVICE bool full() const { return false; }
+#else
+  DEVICE bool full() const { return place + (UNROLL - 1) * THREADS < places; }
+#endif
 
-  DEVICE Span next() {
+  DEVICE Span next(bool in_full_chunk = false) {
     Span span;
 #if EDGES
     // Vectors lie where memory is aligned: the plane's first one may begin before the plane.
@@ -167,7 +173,7 @@ struct Walk {
 #else
     span.offset = origin + slot * VECTOR;
     span.first = 0;
-    span.last = done() ? 0u : (u32)VECTOR;
+    span.last = in_full_chunk || !done() ? (u32)VECTOR : 0u;
 #endif
     span.place = (u32)place;
     place += THREADS;
@@ -184,6 +190,19 @@ struct Walk {
 };
 
 #endif
+
+// Calls `take(full)` for one chunk of UNROLL vectors after another until the walk is done. In a full chunk every vector
+// is the thread's, whole. Since `full` is a constant where take is inlined, such chunks, which are most of all, ask
+// nothing.
+template <class Take>
+DEVICE void for_each_chunk(const Walk& walk, Take take) {
+  while (walk.full()) take(true);
+#if EDGES
+  while (!walk.done()) take(false);
+#else
+  if (!walk.done()) take(false);
+#endif
+}
 
 // Whether the thread owns lane e of the vector. Without edges a vector is owned whole or not at all.
 DEVICE bool owns(const Span& span, u32 e) {

@@ -2,7 +2,7 @@
 //
 // It takes its vectors UNROLL at a time, so that as many loads are under way. It finds mean and variance of such a
 // chunk in registers, in two passes, and joins the chunk to what it has by Welford's rule: exact about the chunk, and
-// one division for all of it.
+// one division joins all of its channels.
 #pragma once
 #include "normalise.cuh"
 #include "welford.cuh"
@@ -51,7 +51,8 @@ struct ThreadStatistics {
       }
     fold(sums);
     const u32 total = count + added;
-    const Real weight = divide_rn((Real)count, (Real)total), weight_added = divide_rn((Real)added, (Real)total);
+    // Together they are 1, however the second one is rounded.
+    const Real weight_added = divide_rn((Real)added, (Real)total), weight = Real(1) - weight_added;
 #pragma unroll
     for (int lane = 0; lane < LANES; lane++) {
       chunk[lane].variance = sums[lane];

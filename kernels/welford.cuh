@@ -34,6 +34,40 @@ struct Welford {
     return nothing;
   }
 
+  // Any number of pieces, joined without a division for each: their weighted sum and sum of squares, in double
+  // precision and measured from a number near all their means, so that no digit of a Real is lost and nothing
+  // overflows.
+  struct Joined {
+    u64 count;
+    double near, sum, squares;
+
+    // Near the mean of this piece, which all who join the same pieces must name.
+    DEVICE explicit Joined(const Welford& piece)
+        : count(0), near(is_finite(piece.moments.mean) ? (double)piece.moments.mean : 0.0), sum(0.0), squares(0.0) {}
+
+    DEVICE void add(const Welford& piece) {
+      const double weight = (double)piece.count, mean = (double)piece.moments.mean - near;
+      count += piece.count;
+      sum = fma_rn(weight, mean, sum);
+      squares = fma_rn(weight, fma_rn(mean, mean, (double)piece.moments.variance), squares);
+    }
+
+    DEVICE void add_shuffled(int lanes) {
+      count += shuffle_xor(count, lanes);
+      sum = sum + shuffle_xor(sum, lanes);
+      squares = squares + shuffle_xor(squares, lanes);
+    }
+
+    DEVICE Welford total() const {
+      if (count == 0) return empty();
+      const double values = (double)count, offset = divide_rn(sum, values);
+      const double variance = fma_rn(-offset, offset, divide_rn(squares, values));
+      // Rounding may leave less than nothing of a variance of 0.
+      const Welford all = {count, {(Real)(near + offset), variance < 0.0 ? Real(0) : (Real)variance}};
+      return all;
+    }
+  };
+
   DEVICE static Welford merge(const Welford& a, const Welford& b) {
     if (b.count == 0) return a;
     if (a.count == 0) return b;
@@ -42,12 +76,6 @@ struct Welford {
     const Real weight_b = divide_rn((Real)b.count, (Real)count);
     const Welford both = {count, ::merge(a.moments, b.moments, weight_a, weight_b)};
     return both;
-  }
-
-  DEVICE Welford shuffled(int lanes) const {
-    const Welford other = {shuffle_xor(count, lanes),
-                           {shuffle_xor(moments.mean, lanes), shuffle_xor(moments.variance, lanes)}};
-    return other;
   }
 
   DEVICE u64 weight() const { return count; }

@@ -136,7 +136,7 @@ fn keeps(kernel: Kernel) -> Keeps {
         },
         _ => Keeps {
             tensors: 1,
-            numbers: STAGED_NUMBERS,
+            numbers: STAGED_NUMBERS + 1,
         },
     }
 }

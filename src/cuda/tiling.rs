@@ -3,8 +3,8 @@
 
 use super::limits::DeviceLimits;
 use super::tuning::{
-    BLOCK_SIZES, COLUMN_VECTORS, SHORTEST_PLANE_WITH_EDGES, TASKS_PER_MULTIPROCESSOR, VECTORS_IN_FLIGHT,
-    VECTORS_PER_TASK,
+    BLOCK_SIZES, COLUMN_VECTORS, REDUCED_COLUMN_VECTORS, REDUCED_TASKS_PER_MULTIPROCESSOR, SHORTEST_PLANE_WITH_EDGES,
+    TASKS_PER_MULTIPROCESSOR, VECTORS_IN_FLIGHT, VECTORS_PER_TASK,
 };
 use crate::element::Dtype;
 use crate::shape::{Layout, Shape};
@@ -191,11 +191,6 @@ pub(super) struct Widths {
     pub(super) column_vectors: u64,
 }
 
-const GENERAL: Widths = Widths {
-    vector_bytes: VECTOR_BYTES,
-    column_vectors: COLUMN_VECTORS,
-};
-
 /// Chooses walk, vector, block size and splits. The shape is not empty and has been checked for overflow.
 pub(super) fn choose(
     shape: Shape,
@@ -205,17 +200,26 @@ pub(super) fn choose(
     demand: Demand,
 ) -> Launch {
     let unroll = u64::from(unroll(demand.tensors_read));
+    let (column_vectors, tasks) = if demand.reduces {
+        (REDUCED_COLUMN_VECTORS, REDUCED_TASKS_PER_MULTIPROCESSOR)
+    } else {
+        (COLUMN_VECTORS, TASKS_PER_MULTIPROCESSOR)
+    };
+    let widths = Widths {
+        vector_bytes: VECTOR_BYTES,
+        column_vectors,
+    };
     let (cut, threads) = BLOCK_SIZES
         .into_iter()
-        .map(|threads| (cut(shape, dtype, alignment, threads, GENERAL), threads))
+        .map(|threads| (cut(shape, dtype, alignment, threads, widths), threads))
         .find(|(cut, threads)| {
             let fits = shared_bytes(cut, dtype, *threads, demand)
                 <= SHARED_MEMORY.min(u64::from(limits.shared_memory_per_block));
             let filled = work_items(cut) > threads / 2 * unroll || *threads == WARP;
             fits && filled
         })
-        .unwrap_or_else(|| (cut(shape, dtype, alignment, WARP, GENERAL), WARP));
-    let tiling = split(&cut, threads, limits);
+        .unwrap_or_else(|| (cut(shape, dtype, alignment, WARP, widths), WARP));
+    let tiling = split(&cut, threads, tasks * u64::from(limits.multiprocessors));
     Launch {
         walk: cut.walk,
         vector: cut.vector as u32,
@@ -341,8 +345,8 @@ fn work_items(cut: &Cut) -> u64 {
     }
 }
 
-/// Cuts the rows so that the device is full, but no share is so small that its threads have nothing to do.
-fn split(cut: &Cut, threads: u64, limits: &DeviceLimits) -> Tiling {
+/// Cuts the rows so that there are about so many tasks, but no share is so small that its threads have nothing to do.
+fn split(cut: &Cut, threads: u64, tasks: u64) -> Tiling {
     let tiling = cut.tiling;
     let work = cut.work();
     // How much of it keeps all threads of a block busy once.
@@ -350,7 +354,7 @@ fn split(cut: &Cut, threads: u64, limits: &DeviceLimits) -> Tiling {
         Walk::Planes | Walk::PlanesWithEdges => threads,
         Walk::Columns => threads / tiling.width,
     };
-    let wanted = (u64::from(limits.multiprocessors) * TASKS_PER_MULTIPROCESSOR).div_ceil(tiling.strips);
+    let wanted = tasks.div_ceil(tiling.strips);
     let most = work.div_ceil(at_once.max(1) * VECTORS_PER_TASK);
     let share = work.div_ceil(wanted.clamp(1, most)).max(1);
     Tiling {

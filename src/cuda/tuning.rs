@@ -15,11 +15,18 @@ pub(super) const SHORTEST_PLANE_WITH_EDGES: u64 = 8;
 /// per-channel numbers read per task, narrower ones would break up what lies together in memory.
 pub(super) const COLUMN_VECTORS: u64 = 16;
 
+/// The same where a kernel reduces: the last block of a strip joins the results of all others for all its channels, which
+/// the strips do side by side.
+pub(super) const REDUCED_COLUMN_VECTORS: u64 = 8;
+
 /// Vectors that a thread has under way at a time, per tensor that a kernel reads.
 pub(super) const VECTORS_IN_FLIGHT: u64 = 4;
 
 /// Tasks per multiprocessor that keep memory busy until the last one ends.
 pub(super) const TASKS_PER_MULTIPROCESSOR: u64 = 8;
+
+/// The same where a kernel reduces: each task leaves a result that the last one must join.
+pub(super) const REDUCED_TASKS_PER_MULTIPROCESSOR: u64 = 4;
 
 /// Vectors that every thread of a task takes of each tensor, at least: with fewer, what a task reads per channel would be
 /// no small part of its work.
