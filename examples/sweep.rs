@@ -56,7 +56,7 @@ const REPLAYS: usize = 3;
 const SAMPLE: usize = 1024;
 const SAMPLES: usize = 16;
 /// Ways whose modelled time is so many times that of the best are not tried: there are too many for a few minutes.
-const HOPELESS: f64 = 2.5;
+const HOPELESS: f64 = 1.7;
 /// After so many elements a tensor's values begin again; a prime, so that no two planes are alike.
 const PERIOD: usize = 4093;
 /// Of how many candidates a dry run takes one.

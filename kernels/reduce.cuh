@@ -52,15 +52,21 @@ DEVICE void join(const Tiling& tiling, const Task& task, u32 parts, Get get, Tak
   const u32 team = (u32)tiling.team, member = threadIdx.x % team, teams = THREADS / team;
   for (u32 round = 0; round < task.channels; round += teams) {
     const u32 channel = round + threadIdx.x / team, own_parts = channel < task.channels ? parts : 0;
-    typename State::Joined joined(own_parts > 0 ? get(0, channel) : State::empty());
-    for (u32 begin = member; begin < own_parts; begin += AT_ONCE * team) {
+    typename State::Joined joined;
+    u32 begin = member;
+    for (; begin + (AT_ONCE - 1) * team < own_parts; begin += AT_ONCE * team) {
       State states[AT_ONCE];
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++)
-        states[i] = begin + i * team < own_parts ? get(begin + i * team, channel) : State::empty();
+      for (int i = 0; i < AT_ONCE; i++) states[i] = get(begin + i * team, channel);
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++) joined.add(states[i]);
     }
+    State states[AT_ONCE - 1];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE - 1; i++)
+      states[i] = begin + i * team < own_parts ? get(begin + i * team, channel) : State::empty();
+#pragma unroll
+    for (int i = 0; i < AT_ONCE - 1; i++) joined.add(states[i]);
     // Every thread of the warp takes part.
     for (u32 lanes = team / 2; lanes > 0; lanes /= 2) joined.add_shuffled(lanes);
     if (member == 0 && own_parts > 0) take(channel, joined.total());

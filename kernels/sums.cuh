@@ -30,7 +30,7 @@ struct Sums {
   struct Joined {
     double gradient, centred;
 
-    DEVICE explicit Joined(const Sums&) : gradient(0.0), centred(0.0) {}
+    DEVICE Joined() : gradient(0.0), centred(0.0) {}
     DEVICE void add(const Sums& sums) {
       gradient = gradient + (double)sums.gradient;
       centred = centred + (double)sums.centred;

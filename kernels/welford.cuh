@@ -34,40 +34,6 @@ struct Welford {
     return nothing;
   }
 
-  // Any number of pieces, joined without a division for each: their weighted sum and sum of squares, in double
-  // precision and measured from a number near all their means, so that no digit of a Real is lost and nothing
-  // overflows.
-  struct Joined {
-    u64 count;
-    double near, sum, squares;
-
-    // Near the mean of this piece, which all who join the same pieces must name.
-    DEVICE explicit Joined(const Welford& piece)
-        : count(0), near(is_finite(piece.moments.mean) ? (double)piece.moments.mean : 0.0), sum(0.0), squares(0.0) {}
-
-    DEVICE void add(const Welford& piece) {
-      const double weight = (double)piece.count, mean = (double)piece.moments.mean - near;
-      count += piece.count;
-      sum = fma_rn(weight, mean, sum);
-      squares = fma_rn(weight, fma_rn(mean, mean, (double)piece.moments.variance), squares);
-    }
-
-    DEVICE void add_shuffled(int lanes) {
-      count += shuffle_xor(count, lanes);
-      sum = sum + shuffle_xor(sum, lanes);
-      squares = squares + shuffle_xor(squares, lanes);
-    }
-
-    DEVICE Welford total() const {
-      if (count == 0) return empty();
-      const double values = (double)count, offset = divide_rn(sum, values);
-      const double variance = fma_rn(-offset, offset, divide_rn(squares, values));
-      // Rounding may leave less than nothing of a variance of 0.
-      const Welford all = {count, {(Real)(near + offset), variance < 0.0 ? Real(0) : (Real)variance}};
-      return all;
-    }
-  };
-
   DEVICE static Welford merge(const Welford& a, const Welford& b) {
     if (b.count == 0) return a;
     if (a.count == 0) return b;
@@ -78,6 +44,14 @@ struct Welford {
     return both;
   }
 
+  DEVICE Welford shuffled(int lanes) const {
+    const Welford other = {shuffle_xor(count, lanes),
+                           {shuffle_xor(moments.mean, lanes), shuffle_xor(moments.variance, lanes)}};
+    return other;
+  }
+
+  struct Joined;
+
   DEVICE u64 weight() const { return count; }
   DEVICE Real first() const { return moments.mean; }
   DEVICE Real second() const { return moments.variance; }
@@ -86,6 +60,58 @@ struct Welford {
     return state;
   }
 };
+
+// Any number of pieces in single precision are joined without a division for each: by their weighted sum and sum of
+// squares in double precision, which has more than twice the digits, so that nothing is lost and nothing overflows.
+struct WeightedSums {
+  u64 count;
+  double sum, squares;
+
+  DEVICE WeightedSums() : count(0), sum(0.0), squares(0.0) {}
+
+  DEVICE void add(const Welford& piece) {
+    const double weight = (double)piece.count, mean = (double)piece.moments.mean;
+    count += piece.count;
+    sum = fma_rn(weight, mean, sum);
+    squares = fma_rn(weight, fma_rn(mean, mean, (double)piece.moments.variance), squares);
+  }
+
+  DEVICE void add_shuffled(int lanes) {
+    count += shuffle_xor(count, lanes);
+    sum = sum + shuffle_xor(sum, lanes);
+    squares = squares + shuffle_xor(squares, lanes);
+  }
+
+  DEVICE Welford total() const {
+    if (count == 0) return Welford::empty();
+    const double values = (double)count, mean = divide_rn(sum, values);
+    const double variance = fma_rn(-mean, mean, divide_rn(squares, values));
+    // Rounding may leave less than nothing of a variance of 0.
+    const Welford all = {count, {(Real)mean, variance < 0.0 ? Real(0) : (Real)variance}};
+    return all;
+  }
+};
+
+// In double precision, one by one.
+struct Merged {
+  Welford state;
+
+  DEVICE Merged() : state(Welford::empty()) {}
+  DEVICE void add(const Welford& piece) { state = Welford::merge(state, piece); }
+  // The lower lane's state is always the left one.
+  DEVICE void add_shuffled(int lanes) {
+    const Welford other = state.shuffled(lanes);
+    state = threadIdx.x & lanes ? Welford::merge(other, state) : Welford::merge(state, other);
+  }
+  DEVICE Welford total() const { return state; }
+};
+
+template <int BYTES>
+struct JoinedIn : WeightedSums {};
+template <>
+struct JoinedIn<8> : Merged {};
+
+struct Welford::Joined : JoinedIn<(int)sizeof(Real)> {};
 
 // What a channel's values are measured from: its first element, unless that would make every difference NaN.
 DEVICE Real pivot_of(Real first_element) { return is_finite(first_element) ? first_element : Real(0); }

@@ -5,7 +5,7 @@ use super::kernel::Kernel;
 use super::limits::DeviceLimits;
 use super::plan::{KernelLaunch, Traffic};
 use super::resident::{Resident, Team};
-use super::tiling::Walk;
+use super::tiling::{WARP, Walk};
 use super::tuning::Costs;
 
 /// Nanoseconds for the launches of a plan, in order.
@@ -41,7 +41,10 @@ fn general_time(launch: &KernelLaunch, cached: bool, limits: &DeviceLimits, cost
     let full = (threads / costs.threads_that_fill).min(1.0);
     let work = elements * arithmetic(instantiation.kernel) / costs.elements_rate / busy as f64 / full;
     let exchange = match instantiation.kernel {
-        Kernel::Statistics | Kernel::BackwardReduce => costs.block_exchange,
+        Kernel::Statistics | Kernel::BackwardReduce if launch.tiling.splits > 1 => {
+            block_exchange(launch, costs) + grid_exchange(launch, costs)
+        }
+        Kernel::Statistics | Kernel::BackwardReduce => block_exchange(launch, costs),
         _ => 0.0,
     };
     costs.launch + costs.latency + exchange + moving.max(work)
@@ -63,39 +66,61 @@ fn arithmetic(kernel: Kernel) -> f64 {
 /// Threads that share a multiprocessor where two blocks of 256 do, for which the general kernels are compiled.
 const THREADS_PER_MULTIPROCESSOR: u32 = 512;
 
-/// Memory moves while the chip works, if something else is there to be moved: another block of the multiprocessor, or the
-/// next strip. Then the longer of both counts, and what a team does at its first strip; else all of it, strip by strip.
+/// Strip by strip: values come, statistics are found, the team agrees, results are applied and stored while they are found.
+/// What of this happens at the same time for one strip and the next is a matter of the way of copying.
 fn resident_time(launch: &KernelLaunch, resident: &Resident, limits: &DeviceLimits, costs: &Costs) -> f64 {
     let tiling = &launch.tiling;
     let multiprocessors = u64::from(limits.multiprocessors);
     let grid = u64::from(launch.grid);
     let rounds = tiling.strips.div_ceil(grid / tiling.splits) as f64;
     let neighbours = grid.div_ceil(multiprocessors);
-    let moving = launch.traffic.bytes() as f64 / rate(grid.min(multiprocessors), limits, costs);
+    let per_round = 1.0 / rate(grid.min(multiprocessors), limits, costs) / rounds;
+    let loading = launch.traffic.read as f64 * per_round;
+    let storing = launch.traffic.written as f64 * per_round;
 
-    let blocks = tiling.splits as f64;
-    let exchange = match resident.team {
-        Team::Block => costs.block_exchange,
-        Team::Cluster(_) => costs.cluster_exchange + blocks * costs.cluster_exchange_per_block,
-        Team::Grid => costs.grid_exchange + blocks * costs.grid_exchange_per_block,
+    let (cooperative, exchange) = match resident.team {
+        Team::Block => (0.0, 0.0),
+        Team::Cluster(blocks) => (
+            0.0,
+            costs.cluster_exchange + f64::from(blocks) * costs.cluster_exchange_per_block,
+        ),
+        Team::Grid => (costs.cooperative, grid_exchange(launch, costs)),
     };
+    let agreeing = block_exchange(launch, costs) + exchange;
     let threads = neighbours as f64 * f64::from(launch.block());
     let busy = (threads / costs.threads_that_fill).min(1.0);
     let work = chip_time(launch, resident, costs) * neighbours as f64 / busy;
-    let agreeing = costs.latency + exchange;
-    let cooperative = if resident.team == Team::Grid {
-        costs.cooperative
+    let (finding, applying) = (work * FINDING, work * (1.0 - FINDING));
+
+    let rolling = resident.is_rolling(launch.instantiation.walk);
+    let coming = if rolling {
+        loading.max(finding)
+    } else {
+        loading + finding
+    };
+    let alone = costs.latency + coming + agreeing + storing.max(applying);
+    let together = (loading + storing).max(work) + agreeing;
+    let overlap = if rolling {
+        costs.overlap_rolling
+    } else if neighbours > 1 || resident.stages > 1 {
+        costs.overlap
     } else {
         0.0
     };
-    let overlapped = rounds > 1.0 && (neighbours > 1 || resident.stages > 1);
-    let strips = if overlapped {
-        moving.max(rounds * (work + exchange)) + agreeing + work / 2.0
-    } else {
-        // While the results are applied, they are stored.
-        moving + rounds * (agreeing + work / 2.0)
-    };
-    costs.launch + cooperative + strips
+    costs.launch + cooperative + alone + (rounds - 1.0) * (alone + (together - alone).min(0.0) * overlap.min(1.0))
+}
+
+/// The part of the arithmetic of a strip that comes before its result.
+const FINDING: f64 = 0.55;
+
+/// What the threads of a block need to agree: one warp joins the results of all.
+fn block_exchange(launch: &KernelLaunch, costs: &Costs) -> f64 {
+    costs.block_exchange + f64::from(launch.block()) / WARP as f64 * costs.block_exchange_per_warp
+}
+
+/// What blocks need to agree through global memory.
+fn grid_exchange(launch: &KernelLaunch, costs: &Costs) -> f64 {
+    costs.grid_exchange + launch.tiling.splits as f64 * costs.grid_exchange_per_block
 }
 
 /// Nanoseconds that a block needs for the arithmetic of one strip, alone on its multiprocessor, if it had all the threads

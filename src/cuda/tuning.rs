@@ -74,8 +74,10 @@ pub struct Costs {
     pub multiprocessor_rate: f64,
     /// From the request for memory to its arrival.
     pub latency: f64,
-    /// Agreeing on a strip's result: in a block.
+    /// Agreeing on a strip's result: in a block, beside what each of its warps adds.
     pub block_exchange: f64,
+    /// In a block, for each warp whose threads' results are joined.
+    pub block_exchange_per_warp: f64,
     /// In a cluster, beside what each of its blocks adds.
     pub cluster_exchange: f64,
     /// In a cluster, for each block that is waited for and joined.
@@ -96,11 +98,16 @@ pub struct Costs {
     pub cached_part: f64,
     /// How much faster than memory the L2 cache serves that.
     pub cache_speedup: f64,
+    /// How far a strip's copies, arithmetic and stores run beside those of the next one, from 0 to 1: with a second buffer,
+    /// or other blocks of the multiprocessor.
+    pub overlap: f64,
+    /// The same where a thread copies the next strip into the places that it is done with.
+    pub overlap_rolling: f64,
 }
 
 impl Costs {
     /// How many there are.
-    pub const COUNT: usize = 16;
+    pub const COUNT: usize = 19;
 
     /// All of them, to be changed one by one.
     pub fn values_mut(&mut self) -> [&mut f64; Self::COUNT] {
@@ -111,6 +118,7 @@ impl Costs {
             &mut self.multiprocessor_rate,
             &mut self.latency,
             &mut self.block_exchange,
+            &mut self.block_exchange_per_warp,
             &mut self.cluster_exchange,
             &mut self.cluster_exchange_per_block,
             &mut self.grid_exchange,
@@ -121,6 +129,8 @@ impl Costs {
             &mut self.threads_that_fill,
             &mut self.cached_part,
             &mut self.cache_speedup,
+            &mut self.overlap,
+            &mut self.overlap_rolling,
         ]
     }
 }
@@ -140,6 +150,7 @@ pub(super) const COSTS: Costs = Costs {
     multiprocessor_rate: 50.0,
     latency: 800.0,
     block_exchange: 400.0,
+    block_exchange_per_warp: 25.0,
     cluster_exchange: 1000.0,
     cluster_exchange_per_block: 25.0,
     grid_exchange: 2500.0,
@@ -150,4 +161,6 @@ pub(super) const COSTS: Costs = Costs {
     threads_that_fill: 768.0,
     cached_part: 1.0 / 3.0,
     cache_speedup: 2.0,
+    overlap: 0.3,
+    overlap_rolling: 0.8,
 };
