@@ -12,15 +12,9 @@
 // are under way while this one is worked on. They are bulk copies (BULK), one for each row that a block's share
 // touches, or copies that each thread makes for itself, which go everywhere: a thread then waits for no one else,
 // because it only ever touches what it has copied.
-//
-// With one buffer and its own copies a thread is ROLLING: it starts work on a strip while the rest of it is still on
-// its way (a strip comes in PIECES), and once it is done with a vector it copies the next strip's into its place. So
-// memory is read and written at the same time, without a second buffer.
 #pragma once
 #include "normalise.cuh"
 #include "reduce.cuh"
-
-#define ROLLING (!BULK && STAGES == 1 && !EDGES)
 
 // What TEAM can be.
 #define TEAM_BLOCK 0
@@ -140,157 +134,34 @@ DEVICE void release_stage() { bulk_fence(); }
 #else
 
 DEVICE void start_barriers(u64*) {}
-// Keeps the count of groups where there is no further strip.
-DEVICE void start_no_copies() { copy_commit(); }
-
-// Starts the thread's copies of one vector, `distance` elements behind its place in memory.
-template <int TENSORS, int ROWS>
-DEVICE void copy_span(const Chip<TENSORS, ROWS>& chip, const Element* const (&tensors)[TENSORS], const Span& span,
-                      Index distance, u32 stage) {
-  if (!owns_any(span)) return;
-#pragma unroll
-  for (int tensor = 0; tensor < TENSORS; tensor++) {
-    Element* const to = chip.buffer(stage, tensor) + (Index)span.place * VECTOR;
-    if (owns_all(span))
-      copy_async<VECTOR>(to, tensors[tensor] + span.offset + distance);
-    else
-      store_shared<VECTOR>(to, load_span<LastUse>(tensors[tensor], span));
-  }
-}
-
-#if !ROLLING
 
 template <int TENSORS, int ROWS>
 DEVICE void start_copies(const Chip<TENSORS, ROWS>& chip, const Tiling& tiling, const Task& task,
                          const Element* const (&tensors)[TENSORS], u32 stage) {
   Walk walk(tiling, task, tensors[0]);
-  while (!walk.done()) copy_span(chip, tensors, walk.next(), 0, stage);
+  while (!walk.done()) {
+    const Span span = walk.next();
+    if (!owns_any(span)) continue;
+#pragma unroll
+    for (int tensor = 0; tensor < TENSORS; tensor++) {
+      Element* const to = chip.buffer(stage, tensor) + (Index)span.place * VECTOR;
+      if (owns_all(span))
+        copy_async<VECTOR>(to, tensors[tensor] + span.offset);
+      else
+        store_shared<VECTOR>(to, load_span<LastUse>(tensors[tensor], span));
+    }
+  }
   copy_commit();
 }
+// Keeps the count of groups where there is no further strip.
+DEVICE void start_no_copies() { copy_commit(); }
 template <int TENSORS, int ROWS>
 DEVICE void await_copies(const Chip<TENSORS, ROWS>&, u32, u32) {
   copy_wait<STAGES - 1>();
 }
-
-#endif
-
 DEVICE void release_stage() {}
 
 #endif
-
-#if ROLLING
-
-// A strip comes in so many groups of copies, of equally many chunks.
-enum { PIECES = 4 };
-
-DEVICE u32 chunks_of_piece(const Tiling& tiling) {
-#if WALK_COLUMNS
-  const u32 at_once = THREADS / (u32)tiling.width * UNROLL;
-#else
-  const u32 at_once = THREADS * UNROLL;
-#endif
-  return ((u32)tiling.share + at_once * PIECES - 1) / (at_once * PIECES);
-}
-
-template <int TENSORS, int ROWS>
-DEVICE void start_copies(const Chip<TENSORS, ROWS>& chip, const Tiling& tiling, const Task& task,
-                         const Element* const (&tensors)[TENSORS], u32 stage) {
-  const u32 vectors = chunks_of_piece(tiling) * UNROLL;
-  Walk walk(tiling, task, tensors[0]);
-  for (u32 piece = 0; piece < PIECES; piece++) {
-    for (u32 vector = 0; vector < vectors && !walk.done(); vector++) copy_span(chip, tensors, walk.next(), 0, stage);
-    copy_commit();
-  }
-}
-
-DEVICE void await_piece(u32 piece) {
-  static_assert(PIECES == 4, "one case for each piece");
-  switch (piece) {
-    case 0:
-      copy_wait<3>();
-      break;
-    case 1:
-      copy_wait<2>();
-      break;
-    case 2:
-      copy_wait<1>();
-      break;
-    default:
-      copy_wait<0>();
-      break;
-  }
-}
-
-// The copies of the team's next strip. It lies where this one does, but for a distance in memory: a thread does not
-// need a second walk.
-struct NextStrip {
-  bool there;  // and the thread has a part in it
-  Index distance;
-  u32 chunks, left, pieces;
-
-  DEVICE NextStrip(const Tiling& tiling, const Task& task, Index teams)
-      : chunks(chunks_of_piece(tiling)), left(chunks), pieces(0) {
-    there = task.strip + teams < (Index)tiling.strips;
-#if WALK_COLUMNS
-    const Index width = (Index)tiling.width, column = threadIdx.x % width;
-    there = there && (task.strip + teams) * width + column < (Index)tiling.slots;
-    distance = teams * width * VECTOR;
-#else
-    distance = teams * (Index)tiling.inner;
-#endif
-  }
-
-  // Takes the places of a chunk that the thread is done with.
-  template <int TENSORS, int ROWS>
-  DEVICE void replace(const Chip<TENSORS, ROWS>& chip, const Element* const (&tensors)[TENSORS],
-                      const Span (&spans)[UNROLL]) {
-    if (!there) return;
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) copy_span(chip, tensors, spans[u], distance, 0);
-    if (--left == 0) close_piece();
-  }
-
-  // When all chunks have been replaced.
-  DEVICE void finish() {
-    if (!there) return;
-    while (pieces < PIECES) close_piece();
-  }
-
-  DEVICE void close_piece() {
-    copy_commit();
-    pieces++;
-    left = chunks;
-  }
-};
-
-#else
-
-struct NextStrip {
-  DEVICE NextStrip(const Tiling&, const Task&, Index) {}
-  template <int TENSORS, int ROWS>
-  DEVICE void replace(const Chip<TENSORS, ROWS>&, const Element* const (&)[TENSORS], const Span (&)[UNROLL]) {}
-  DEVICE void finish() {}
-};
-
-#endif
-
-// Calls `take(full)` for one chunk of a strip after another, as for_each_chunk does, once it has come.
-template <int TENSORS, int ROWS, class Take>
-DEVICE void for_each_chunk_that_comes(const Chip<TENSORS, ROWS>& chip, const Tiling& tiling, const Walk& walk,
-                                      u32 stage, u32 lap, Take take) {
-#if ROLLING
-  const u32 chunks = chunks_of_piece(tiling);
-  for (u32 piece = 0; piece < PIECES; piece++) {
-    await_piece(piece);
-    u32 left = chunks;
-    for (; left > 0 && walk.full(); left--) take(true);
-    if (left > 0 && !walk.done()) take(false);
-  }
-#else
-  await_copies(chip, stage, lap);
-  for_each_chunk(walk, take);
-#endif
-}
 
 // From the states of the threads of all blocks of a team to `finish(channel of the strip, state)`, which every block
 // calls once per channel, with the same state. All threads of the team call it; what finish wrote is seen afterwards.
@@ -351,8 +222,8 @@ DEVICE void leave_team(u32 laps) {
 #endif
 }
 
-// Takes a team through its strips: `begin(task)` while the strip's values are on their way, and then
-// `work(task, stage, lap, next)`, which waits for them and lets the next strip have their places.
+// Takes a team through its strips: `begin(task)` before the strip's values have come, `work(task, stage, lap)` once
+// they have.
 template <int TENSORS, int ROWS, class Begin, class Work>
 DEVICE void for_each_strip(const Chip<TENSORS, ROWS>& chip, const Tiling& tiling,
                            const Element* const (&tensors)[TENSORS], Begin begin, Work work) {
@@ -368,11 +239,11 @@ DEVICE void for_each_strip(const Chip<TENSORS, ROWS>& chip, const Tiling& tiling
     if (STAGES == 2 && more) start_copies(chip, tiling, Task(tiling, strip + teams, split), tensors, 1 - stage);
     if (STAGES == 2 && !more) start_no_copies();
     begin(task);
-    NextStrip next(tiling, task, teams);
-    work(task, stage, lap, next);
+    await_copies(chip, stage, lap);
+    work(task, stage, lap);
     release_stage();
     block_barrier();
-    if (STAGES == 1 && !ROLLING && more) start_copies(chip, tiling, Task(tiling, strip + teams, split), tensors, 0);
+    if (STAGES == 1 && more) start_copies(chip, tiling, Task(tiling, strip + teams, split), tensors, 0);
   }
   leave_team(lap);
 }

@@ -45,7 +45,7 @@ DEVICE void find_sums(const Arguments& arguments, const Task& task, const Backwa
   Walk walk(tiling, task, arguments.x);
   const Normaliser normaliser(staged, tiling, task, walk);
   ThreadSums found;
-  for_each_chunk_that_comes(chip, tiling, walk, stage, lap, [&](bool full) {
+  for_each_chunk(walk, [&](bool full) {
     Span spans[UNROLL];
     Pack y[UNROLL];
 #pragma unroll
@@ -82,8 +82,7 @@ DEVICE void find_sums(const Arguments& arguments, const Task& task, const Backwa
   });
 }
 
-DEVICE void apply_gradient(const Arguments& arguments, const Task& task, const BackwardChip& chip, u32 stage,
-                           const Element* const (&tensors)[2], NextStrip& next) {
+DEVICE void apply_gradient(const Arguments& arguments, const Task& task, const BackwardChip& chip, u32 stage) {
   const Tiling& tiling = arguments.tiling;
   const Staged staged = chip.staged();
   Walk walk(tiling, task, arguments.x);
@@ -113,18 +112,16 @@ DEVICE void apply_gradient(const Arguments& arguments, const Task& task, const B
       if (arguments.dx) store_span(arguments.dx, spans[u], dx);
       if (HAS_RESIDUAL && arguments.dz) store_span(arguments.dz, spans[u], g[u]);
     }
-    next.replace(chip, tensors, spans);
   });
-  next.finish();
 }
 
 RESIDENT_KERNEL(resident_backward, Arguments) {
   const BackwardChip chip(shared_memory(), arguments.tiling);
   const Element* const tensors[2] = {arguments.x, arguments.dy};
   const auto begin = [&](const Task& task) { stage_normalisation(arguments, task, chip.staged()); };
-  const auto work = [&](const Task& task, u32 stage, u32 lap, NextStrip& next) {
+  const auto work = [&](const Task& task, u32 stage, u32 lap) {
     find_sums(arguments, task, chip, stage, lap);
-    if (ROLLING || arguments.dx || arguments.dz) apply_gradient(arguments, task, chip, stage, tensors, next);
+    if (arguments.dx || arguments.dz) apply_gradient(arguments, task, chip, stage);
   };
   for_each_strip(chip, arguments.tiling, tensors, begin, work);
 }

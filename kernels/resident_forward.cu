@@ -50,7 +50,7 @@ DEVICE void find_statistics(const Arguments& arguments, const Task& task, const 
   Walk walk(tiling, task, arguments.x);
   const PerLane pivot(staged, Staged::PIVOT, tiling, task, walk);
   ThreadStatistics found;
-  for_each_chunk_that_comes(chip, tiling, walk, stage, lap, [&](bool full) {
+  for_each_chunk(walk, [&](bool full) {
     Span spans[UNROLL];
     Pack x[UNROLL];
 #pragma unroll
@@ -100,8 +100,7 @@ DEVICE void publish(const Arguments& arguments, const Task& task, const Staged& 
   }
 }
 
-DEVICE void normalise(const Arguments& arguments, const Task& task, const ForwardChip& chip, u32 stage,
-                      const Element* const (&tensors)[1], NextStrip& next) {
+DEVICE void normalise(const Arguments& arguments, const Task& task, const ForwardChip& chip, u32 stage) {
   Walk walk(arguments.tiling, task, arguments.x);
   const Normaliser normaliser(chip.staged(), arguments.tiling, task, walk);
   for_each_chunk(walk, [&](bool full) {
@@ -121,18 +120,16 @@ DEVICE void normalise(const Arguments& arguments, const Task& task, const Forwar
         y.lane[e] = forward_epilogue(normaliser.normalised(x.lane[e], e), HAS_RESIDUAL ? z[u].lane[e] : Element());
       store_span(arguments.y, spans[u], y);
     }
-    next.replace(chip, tensors, spans);
   });
-  next.finish();
 }
 
 RESIDENT_KERNEL(resident_forward, Arguments) {
   const ForwardChip chip(shared_memory(), arguments.tiling);
   const Element* const tensors[1] = {arguments.x};
   const auto begin = [&](const Task& task) { stage_parameters(arguments, task, chip.staged()); };
-  const auto work = [&](const Task& task, u32 stage, u32 lap, NextStrip& next) {
+  const auto work = [&](const Task& task, u32 stage, u32 lap) {
     find_statistics(arguments, task, chip, stage, lap);
-    normalise(arguments, task, chip, stage, tensors, next);
+    normalise(arguments, task, chip, stage);
     if (task.split == 0) publish(arguments, task, chip.staged());
   };
   for_each_strip(chip, arguments.tiling, tensors, begin, work);

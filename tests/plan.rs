@@ -329,16 +329,24 @@ fn fastest(problem: Problem) -> Plan {
 }
 
 #[test]
-fn every_shape_of_resnet_50_crosses_memory_once() {
+fn every_shape_of_resnet_50_can_cross_memory_once_and_does_where_that_is_faster() {
     for batch in [32, 256] {
         for shape in resnet_50::resnet_50().filter(|shape| shape.layout == Layout::Nchw) {
             let shape = Shape { batch, ..shape };
             for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
                 for epilogue in Epilogue::ALL {
                     for operation in [Operation::Train, Operation::Backward] {
-                        let plan = fastest(Problem::new(operation, shape, dtype).epilogue(epilogue));
-                        assert_eq!(plan.traffic_ratio(), 1.0, "{plan}");
-                        assert_eq!(plan.kernels.len(), 1, "{plan}");
+                        let problem = Problem::new(operation, shape, dtype).epilogue(epilogue);
+                        let resident = Plan::chosen(&problem, &h200(), &Choice::resident(None)).unwrap();
+                        assert_eq!(resident.traffic_ratio(), 1.0, "{resident}");
+                        assert_eq!(resident.kernels.len(), 1, "{resident}");
+                        let general = plan(problem);
+                        let faster = if resident.modelled_time() <= general.modelled_time() {
+                            resident
+                        } else {
+                            general
+                        };
+                        assert_eq!(fastest(problem), faster);
                     }
                 }
             }
@@ -623,7 +631,8 @@ fn a_plan_can_be_read() {
     }
 }
 
-/// What one multiprocessor does with few threads takes longer, and a second buffer is of no use to a strip that is alone.
+/// A block of many threads has more results to join, and a second buffer is of no use to a strip that is alone. (On an H200 the
+/// first of these took 13.1 us with 256 threads and 14.6 us with 1024.)
 #[test]
 fn the_model_knows_threads_and_laps() {
     let time = |shape, threads, stages| {
@@ -639,7 +648,7 @@ fn the_model_knows_threads_and_laps() {
     };
     // 128 strips of 100 KB on 132 multiprocessors: one block on each.
     let alone = Shape::nchw(32, 128, 28, 28);
-    assert!(time(alone, 256, 1) > time(alone, 1024, 1));
+    assert!(time(alone, 1024, 1) > time(alone, 512, 1));
     assert!(time(alone, 512, 2) >= time(alone, 512, 1));
     let many = Shape::nchw(32, 1024, 28, 28);
     assert!(time(many, 1024, 2) < time(many, 1024, 1));

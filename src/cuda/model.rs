@@ -92,17 +92,9 @@ fn resident_time(launch: &KernelLaunch, resident: &Resident, limits: &DeviceLimi
     let work = chip_time(launch, resident, costs) * neighbours as f64 / busy;
     let (finding, applying) = (work * FINDING, work * (1.0 - FINDING));
 
-    let rolling = resident.is_rolling(launch.instantiation.walk);
-    let coming = if rolling {
-        loading.max(finding)
-    } else {
-        loading + finding
-    };
-    let alone = costs.latency + coming + agreeing + storing.max(applying);
+    let alone = costs.latency + loading + finding + agreeing + storing.max(applying);
     let together = (loading + storing).max(work) + agreeing;
-    let overlap = if rolling {
-        costs.overlap_rolling
-    } else if neighbours > 1 || resident.stages > 1 {
+    let overlap = if neighbours > 1 || resident.stages > 1 {
         costs.overlap
     } else {
         0.0

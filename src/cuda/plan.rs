@@ -616,7 +616,7 @@ impl Planner<'_> {
             .filter(|candidate| choice.allows(candidate))
             .map(|candidate| (time(&[planner.resident(&candidate)]), candidate))
             .min_by(|(one, _), (other, _)| one.total_cmp(other));
-        best.filter(|(resident, _)| choice.resident || *resident * tuning::GENERAL_MARGIN <= time(&planner.general()))
+        best.filter(|(resident, _)| choice.resident || *resident <= time(&planner.general()))
             .map(|(_, candidate)| candidate)
     }
 

@@ -83,11 +83,6 @@ impl Resident {
         architecture >= ARCHITECTURE_OF_CLUSTERS || (self.team.cluster() == 1 && !self.bulk)
     }
 
-    /// Whether a thread copies the next strip into the places that it is done with (`kernels/resident.cuh`).
-    pub(super) fn is_rolling(&self, walk: Walk) -> bool {
-        !self.bulk && self.stages == 1 && walk != Walk::PlanesWithEdges
-    }
-
     /// The compiler's options.
     pub(super) fn definitions(&self) -> [String; 5] {
         let team = match self.team {
