@@ -1,5 +1,5 @@
-//! Tries every legal way to run a pass on this machine's GPU: each is checked against the general path and timed, all in
-//! one process. `examples/tune.rs` makes of the result what plans go by.
+//! Tries the legal ways to run a pass on this machine's GPU, but those that the model holds to be hopeless: each is checked
+//! against the general path and timed, all in one process. `examples/tune.rs` makes of the result what plans go by.
 //!
 //! ```text
 //! cargo run --release --example sweep -- --json sweep.json
@@ -34,7 +34,7 @@ use serde_json::{Value, json};
 
 type Answer<T> = Result<T, Box<dyn std::error::Error>>;
 
-/// Tries every legal way to run a pass: checks it and times it.
+/// Tries the legal ways to run a pass: checks and times them.
 #[derive(Parser)]
 struct Arguments {
     /// Where the result goes.
@@ -57,7 +57,7 @@ const SAMPLE: usize = 1024;
 const SAMPLES: usize = 16;
 /// Ways whose modelled time is so many times that of the best are not tried: there are too many for a few minutes.
 const HOPELESS: f64 = 1.7;
-/// After so many elements a tensor's values begin again; a prime, so that no two planes are alike.
+/// After so many elements a tensor's values begin again; a prime, so that neighbouring planes differ.
 const PERIOD: usize = 4093;
 /// Of how many candidates a dry run takes one.
 const DRY_RUN_EVERY: usize = 24;
@@ -143,8 +143,8 @@ fn sweep(arguments: &Arguments) -> Answer<Summary> {
         let (limits, problems) = (cuda.limits(), &problems);
         scope.spawn(move || {
             for problem in problems {
-                if !effort.dry_run && !effort.is_over() {
-                    compile(problem, limits, &cache);
+                if !effort.dry_run {
+                    compile(problem, limits, &cache, effort);
                 }
                 // Nobody listens any more where the sweep ended with an error.
                 if compiled.send(*problem).is_err() {
@@ -256,9 +256,9 @@ fn problems(small: bool) -> Vec<Problem> {
 }
 
 /// Fills the cache on disk with what is to be tried, by all cores at once.
-fn compile(problem: &Problem, limits: &DeviceLimits, cache: &DiskCache) {
+fn compile(problem: &Problem, limits: &DeviceLimits, cache: &DiskCache, effort: Effort) {
     let plans = candidates(problem, limits).unwrap_or_default();
-    ahead::compile(&plans, limits.architecture, cache);
+    ahead::compile(&plans, limits.architecture, cache, || !effort.is_over());
 }
 
 /// The ways that are worth trying.

@@ -73,7 +73,8 @@ DEVICE void find_statistics(const Arguments& arguments, const Task& task, const 
   });
 }
 
-// What one block of a team leaves behind of a strip. It waits for memory, and nothing else waits for it.
+// What one block of a team leaves behind of a strip. It waits for memory: so it comes after the strip's results have
+// been applied, not before.
 DEVICE void publish(const Arguments& arguments, const Task& task, const Staged& staged) {
   const RunningUpdate& update = arguments.update;
   for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {

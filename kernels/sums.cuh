@@ -54,7 +54,7 @@ struct Sums {
 // What one thread learns of them on its way through a task: plain sums of a few vectors, which are then added up with
 // their rounding errors kept.
 struct ThreadSums {
-  // Chunks of UNROLL vectors that go into a plain sum: some 16 values, be they of one channel or each of its own.
+  // Chunks of UNROLL vectors that go into a plain sum: of no channel more than some 16 values.
   enum { CHUNKS = LANES == 1 ? 1 : 8 };
 
   CompensatedSum gradient[LANES], centred[LANES];

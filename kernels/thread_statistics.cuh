@@ -51,7 +51,7 @@ struct ThreadStatistics {
       }
     fold(sums);
     const u32 total = count + added;
-    // Together they are 1, however the second one is rounded.
+    // Together they are 1, but for one rounding.
     const Real weight_added = divide_rn((Real)added, (Real)total), weight = Real(1) - weight_added;
 #pragma unroll
     for (int lane = 0; lane < LANES; lane++) {

@@ -3,7 +3,7 @@
 // Values enter as differences from the channel's pivot, its first element: so a constant channel has mean 0 and
 // variance 0 exactly, and a mean that is large for the deviation costs no digits.
 //
-// The variance is carried, not the sum of squares, because that overflows long before the variance does.
+// A thread carries the variance, not the sum of squares, because that overflows long before the variance does.
 #pragma once
 #include "tensor.cuh"
 
@@ -62,7 +62,8 @@ struct Welford {
 };
 
 // Any number of pieces in single precision are joined without a division for each: by their weighted sum and sum of
-// squares in double precision, which has more than twice the digits, so that nothing is lost and nothing overflows.
+// squares in double precision. It has more than twice the digits: what cancels costs less than the pieces' own
+// rounding, and nothing overflows.
 struct WeightedSums {
   u64 count;
   double sum, squares;

@@ -94,9 +94,9 @@
 //!
 //! - Statistics are those of `x - K`, K being the channel's first element, and y is computed from `x - K` too: a
 //!   constant channel gives exactly the bias, and a mean that is large for the deviation costs no digits.
-//! - Mean and variance are gathered piece by piece and merged (Welford 1962; Chan, Golub and LeVeque 1979). What is
-//!   merged is the variance, not the sum of squares, which overflows long before the variance does. Never is it the
-//!   mean of the squares less the square of the mean.
+//! - Threads gather mean and variance piece by piece and merge them (Welford 1962; Chan, Golub and LeVeque 1979). What
+//!   is merged is the variance, not the sum of squares, which overflows long before the variance does. What the threads of
+//!   a GPU have found in single precision is joined in double precision, by weighted sums of means and squares about K.
 //! - Half-precision values are converted before anything is computed with them, and results are rounded once.
 //! - The order of every sum is fixed: the same call on the same device gives the same bits on every run. The CPU gives
 //!   the same bits on any number of threads. CPU and GPU sum in different orders, and agree within rounding.

@@ -28,7 +28,8 @@ fn rate(multiprocessors: u64, limits: &DeviceLimits, costs: &Costs) -> f64 {
     memory.min(multiprocessors as f64 * costs.multiprocessor_rate)
 }
 
-/// Launch, latency, and what takes longer: the bytes at the rate of the multiprocessors that have a block, or the arithmetic.
+/// Launch, latency, agreeing on sums, and what takes longer: the bytes at the rate of the multiprocessors that have a block, or
+/// the arithmetic.
 /// What the kernel before has read may come from the L2 cache.
 fn general_time(launch: &KernelLaunch, cached: bool, limits: &DeviceLimits, costs: &Costs) -> f64 {
     let instantiation = &launch.instantiation;
@@ -67,7 +68,7 @@ fn arithmetic(kernel: Kernel) -> f64 {
 const THREADS_PER_MULTIPROCESSOR: u32 = 512;
 
 /// Strip by strip: values come, statistics are found, the team agrees, results are applied and stored while they are found.
-/// What of this happens at the same time for one strip and the next is a matter of the way of copying.
+/// With a second buffer, or another block on the multiprocessor, a part of this happens beside the strip before.
 fn resident_time(launch: &KernelLaunch, resident: &Resident, limits: &DeviceLimits, costs: &Costs) -> f64 {
     let tiling = &launch.tiling;
     let multiprocessors = u64::from(limits.multiprocessors);
@@ -99,13 +100,13 @@ fn resident_time(launch: &KernelLaunch, resident: &Resident, limits: &DeviceLimi
     } else {
         0.0
     };
-    costs.launch + cooperative + alone + (rounds - 1.0) * (alone + (together - alone).min(0.0) * overlap.min(1.0))
+    costs.launch + cooperative + alone + (rounds - 1.0) * (alone + (together - alone).min(0.0) * overlap)
 }
 
 /// The part of the arithmetic of a strip that comes before its result.
 const FINDING: f64 = 0.55;
 
-/// What the threads of a block need to agree: one warp joins the results of all.
+/// What the threads of a block need to agree: along planes one warp joins the results of all.
 fn block_exchange(launch: &KernelLaunch, costs: &Costs) -> f64 {
     costs.block_exchange + f64::from(launch.block()) / WARP as f64 * costs.block_exchange_per_warp
 }

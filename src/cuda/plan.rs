@@ -301,7 +301,7 @@ impl std::ops::Add for Traffic {
 }
 
 /// Which of the legal ways to run a pass may be taken: the default is any. Of those that fit, the one with the smallest
-/// modelled time is; the general path, which moves more bytes, only where the model holds it to be clearly faster.
+/// modelled time is; the general path where its modelled time is the shorter one.
 ///
 /// A pass that has no resident candidate which fits takes the general path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -585,7 +585,7 @@ impl Planner<'_> {
             .unwrap_or_default()
     }
 
-    /// The fastest resident candidate, unless the general path is faster by a margin.
+    /// The fastest resident candidate, unless the general path's modelled time is shorter.
     ///
     /// Decided for the pass with everything wanted: so all passes of one operation and shape take the same path, come by the
     /// same bits, and find their room in one workspace.

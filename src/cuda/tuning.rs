@@ -1,8 +1,9 @@
 //! Every number that was chosen and not derived: what plans try, and what they believe things to cost. Plain data.
 //!
 //! The costs were fitted by `examples/tune.rs` to what a sweep over 47 passes took on an NVIDIA H200
-//! (`benches/results/h200-sweep.json`): by them passes take 3.9 % longer, in the mean, than by the fastest ways of that sweep,
-//! and 36 % at most. Modelled times are off by 21 % in the mean. No other device has been measured.
+//! (`benches/results/h200-sweep.json`): by them these passes take 3.9 % longer, in the mean, than by the fastest ways of that
+//! sweep, and 37 % at most. Modelled times are off by 21 % in the mean. No other passes were held against them, and no other
+//! device.
 
 // ---- the general path: one kernel reads, another one reads again -----------------------------------------------------
 
