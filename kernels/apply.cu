@@ -36,12 +36,12 @@ KERNEL(apply, Arguments, THREADS) {
 
     Walk walk(tiling, task, arguments.x);
     const Normaliser normaliser(staged, tiling, task, walk);
-    for_each_chunk(walk, [&](bool full) {
+    while (!walk.done()) {
       Span spans[UNROLL];
       Pack x[UNROLL], z[UNROLL];
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) {
-        spans[u] = walk.next(full);
+        spans[u] = walk.next();
         x[u] = load_span<LastUse>(arguments.x, spans[u]);
         if (HAS_RESIDUAL) z[u] = load_span<LastUse>(arguments.z, spans[u]);
       }
@@ -53,7 +53,7 @@ KERNEL(apply, Arguments, THREADS) {
           y.lane[e] = forward_epilogue(normaliser.normalised(x[u].lane[e], e), HAS_RESIDUAL ? z[u].lane[e] : Element());
         store_span(arguments.y, spans[u], y);
       }
-    });
+    }
 
     const RunningUpdate& update = arguments.update;
     if (update.mean && task.split == 0) {

@@ -72,12 +72,12 @@ KERNEL(backward_apply, Arguments, THREADS) {
     const Normaliser normaliser(staged, tiling, task, walk);
     const PerLane mean_gradient(staged, BATCH_STATISTICS ? MEAN_GRADIENT : Staged::SHIFT, tiling, task, walk);
     const PerLane slope(staged, BATCH_STATISTICS ? SLOPE : Staged::SHIFT, tiling, task, walk);
-    for_each_chunk(walk, [&](bool full) {
+    while (!walk.done()) {
       Span spans[UNROLL];
       Pack x[UNROLL], y[UNROLL], dy[UNROLL];
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) {
-        spans[u] = walk.next(full);
+        spans[u] = walk.next();
         if (READS_X) x[u] = load_span<LastUse>(arguments.x, spans[u]);
         dy[u] = load_span<LastUse>(arguments.dy, spans[u]);
         if (HAS_RESIDUAL) y[u] = load_span<LastUse>(arguments.y, spans[u]);
@@ -99,7 +99,7 @@ KERNEL(backward_apply, Arguments, THREADS) {
         if (arguments.dx) store_span(arguments.dx, spans[u], dx);
         if (HAS_RESIDUAL && arguments.dz) store_span(arguments.dz, spans[u], dz);
       }
-    });
+    }
     block_barrier();
   }
 }

@@ -42,12 +42,12 @@ KERNEL(backward_reduce, Arguments, THREADS) {
     Walk walk(tiling, task, arguments.x);
     const Normaliser normaliser(staged, tiling, task, walk);
     ThreadSums found;
-    for_each_chunk(walk, [&](bool full) {
+    while (!walk.done()) {
       Span spans[UNROLL];
       Pack x[UNROLL], y[UNROLL], dy[UNROLL];
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) {
-        spans[u] = walk.next(full);
+        spans[u] = walk.next();
         x[u] = load_span<Cached>(arguments.x, spans[u]);
         dy[u] = load_span<Cached>(arguments.dy, spans[u]);
         if (HAS_RESIDUAL) y[u] = load_span<Cached>(arguments.y, spans[u]);
@@ -73,7 +73,7 @@ KERNEL(backward_reduce, Arguments, THREADS) {
         }
       }
       found.end_chunk();
-    });
+    }
 
     Sums states[LANES];
     found.put_down(states);

@@ -193,7 +193,8 @@ struct Walk {
 
 // Calls `take(full)` for one chunk of UNROLL vectors after another until the walk is done. In a full chunk every vector
 // is the thread's, whole: since `full` is a constant where take is inlined, such a chunk asks nothing. They are most of
-// the chunks, but along planes with edges, where there are none.
+// the chunks, but along planes with edges, where there are none. It costs registers, so it is for kernels that do more
+// with a value than memory takes to bring it.
 template <class Take>
 DEVICE void for_each_chunk(const Walk& walk, Take take) {
   while (walk.full()) take(true);
