@@ -2,8 +2,9 @@
 //!
 //! The costs were fitted by `examples/tune.rs` to what a sweep over 47 passes took on an NVIDIA H200
 //! (`benches/results/h200-sweep.json`): by them these passes take 3.9 % longer, in the mean, than by the fastest ways of that
-//! sweep, and 37 % at most. Modelled times are off by 21 % in the mean. No other passes were held against them, and no other
-//! device.
+//! sweep, and 37 % at most. Modelled times are off by about 20 % in the mean. These are the passes that they were fitted to: no
+//! others were held against them, and no other device. Two are not the fit's: `multiprocessor_rate` (3578) and `cached_part`
+//! (1.43) came out as what no chip does, and were set by hand to what one can at most; all were rounded.
 
 // ---- the general path: one kernel reads, another one reads again -----------------------------------------------------
 
