@@ -3,6 +3,7 @@
 use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use half::{bf16, f16};
 
+use crate::cpu::Passes;
 use crate::sealed::Sealed;
 
 /// A number that a device buffer can hold: the [`Element`]s and `i64` (`num_batches_tracked`).
@@ -15,7 +16,7 @@ pub trait Plain:
 ///
 /// Half values are storage only. They are converted to [`Element::Param`] before anything is computed, and results are
 /// rounded once.
-pub trait Element: Plain {
+pub trait Element: Plain + Passes {
     /// The type of parameters, statistics and arithmetic: `f32`, or `f64` for `f64`.
     type Param: Real;
 

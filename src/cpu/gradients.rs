@@ -18,7 +18,7 @@ use crate::element::{Element, Real};
 
 /// Which part of a backward pass runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Part {
+pub enum Part {
     /// All of it.
     Whole,
     /// A synchronised pass before the ranks meet: the sums, not yet divided by the number of values.

@@ -4,11 +4,13 @@
 //! `forward` and `gradients` translate what the module asks for into a pass of three phases: reduce, finish, apply.
 //! `geometry` cuts the tensors into tasks, `schedule` runs them. The work of one task is a kernel, compiled for several
 //! instruction sets by `simd`: `statistics` and `apply` forward, `backward` backward, written with `reduce` (sums),
-//! `elementwise` (one visit to each element) and `coefficients` (what a channel is computed with).
+//! `elementwise` (one visit to each element) and `coefficients` (what a channel is computed with). `compiled` has it all
+//! compiled in this crate, for each element type.
 
 mod apply;
 mod backward;
 mod coefficients;
+mod compiled;
 mod elementwise;
 mod forward;
 mod geometry;
@@ -23,6 +25,7 @@ mod synchronised;
 mod tests;
 mod workspace;
 
+pub(crate) use compiled::Passes;
 #[cfg(feature = "candle")]
 pub(crate) use forward::{count, move_running};
 pub use workspace::Workspace;
@@ -35,7 +38,6 @@ use crate::sealed::Sealed;
 use crate::shape::Shape;
 
 use geometry::Geometry;
-use simd::Simd;
 
 /// The CPU as a device: buffers are vectors, slices or arrays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,12 +167,12 @@ impl Backend for Cpu {
     }
 
     fn forward<T: Element>(&self, pass: ForwardPass<'_, '_, Self, T>) -> Result<()> {
-        forward::forward(Simd::detect(), self.threads_from, pass);
+        T::run_forward(self.threads_from, pass);
         Ok(())
     }
 
     fn backward<T: Element>(&self, mut pass: BackwardPass<'_, '_, Self, T>) -> Result<()> {
-        gradients::backward(Simd::detect(), self.threads_from, &mut pass, gradients::Part::Whole);
+        T::run_backward(self.threads_from, &mut pass, gradients::Part::Whole);
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use super::Cpu;
 use super::coefficients::batch_invstd;
 use super::forward::{count, move_running};
 use super::geometry::{Geometry, Task};
-use super::gradients::{self, Part};
+use super::gradients::Part;
 use super::memory::{Sink, Source};
 use super::schedule::{Pass, Phases, run};
 use super::simd::Simd;
@@ -42,20 +42,10 @@ impl SyncBackend for Cpu {
         workspace: &mut Workspace<T>,
         exchange: &mut Exchange<Self>,
     ) -> Result<()> {
-        let mut variance = std::mem::take(&mut workspace.vectors()[0]);
-        let geometry = Geometry::new(shape);
-        let rank = RankStatistics {
-            simd: Simd::detect(),
-            geometry,
-            x: Source::from(*x),
-            partials: workspace.partials(shape.channels),
-            found: [&mut saved.pivot, &mut saved.mean_offset, &mut variance]
-                .map(|found| Sink::from(found.as_mut_slice())),
-        };
-        run(&geometry, Phases::Reduce, self.threads_from, &rank);
-        let found = [&saved.pivot, &saved.mean_offset, &variance];
+        T::find_rank_statistics(self.threads_from, shape, x, saved, workspace);
+        let [variance, _] = workspace.vectors();
+        let found = [&saved.pivot, &saved.mean_offset, variance];
         write_message(exchange.layout, &mut exchange.statistics, found);
-        workspace.vectors()[0] = variance;
         Ok(())
     }
 
@@ -129,7 +119,7 @@ impl SyncBackend for Cpu {
         pass: &mut BackwardPass<'_, '_, Self, T>,
         exchange: &mut Exchange<Self>,
     ) -> Result<()> {
-        gradients::backward(Simd::detect(), self.threads_from, pass, Part::Sums);
+        T::run_backward(self.threads_from, pass, Part::Sums);
         let [sum, slope] = pass.workspace.vectors();
         write_message(exchange.layout, &mut exchange.sums, [sum, slope]);
         Ok(())
@@ -163,10 +153,34 @@ impl SyncBackend for Cpu {
         pass: &mut BackwardPass<'_, '_, Self, T>,
         _exchange: &mut Exchange<Self>,
     ) -> Result<()> {
-        gradients::backward(Simd::detect(), self.threads_from, pass, Part::Elements);
-        gradients::backward(Simd::detect(), self.threads_from, pass, Part::Parameters);
+        T::run_backward(self.threads_from, pass, Part::Elements);
+        T::run_backward(self.threads_from, pass, Part::Parameters);
         Ok(())
     }
+}
+
+/// Pivot, mean and variance of this rank's batch: the first two into `saved`, the variance into the first of the workspace's
+/// vectors. With the instructions of `simd`, on one thread below `threads_from` bytes.
+pub(super) fn rank_statistics<T: Element>(
+    simd: Simd,
+    threads_from: usize,
+    shape: Shape,
+    x: &[T],
+    saved: &mut BatchStatistics<Cpu, T>,
+    workspace: &mut Workspace<T>,
+) {
+    // Out of the workspace while its other parts are in use.
+    let mut variance = std::mem::take(&mut workspace.vectors()[0]);
+    let geometry = Geometry::new(shape);
+    let rank = RankStatistics {
+        simd,
+        geometry,
+        x: Source::from(x),
+        partials: workspace.partials(shape.channels),
+        found: [&mut saved.pivot, &mut saved.mean_offset, &mut variance].map(|found| Sink::from(found.as_mut_slice())),
+    };
+    run(&geometry, Phases::Reduce, threads_from, &rank);
+    workspace.vectors()[0] = variance;
 }
 
 fn write_message<P: Real, const N: usize>(layout: Layout, message: &mut [i64], vectors: [&Vec<P>; N]) {
