@@ -118,13 +118,14 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
         match self.geometry {
             Geometry::Planar(planar) => {
                 for (index, channel) in channels.clone().enumerate() {
-                    let terms = GradientTerms {
-                        level,
-                        sums: &self,
-                        coefficients: &table.uniform(index),
-                    };
                     let mut total = [T::Param::ZERO; 2];
                     for chunk in chunks.clone() {
+                        let terms = GradientTerms {
+                            level,
+                            sums: &self,
+                            coefficients: &table.uniform(index),
+                            ahead: planar.ahead(channel, chunk, chunks),
+                        };
                         let sums = planar_sums::<_, _, 2, 2>(level, planar, channel, chunk, &terms);
                         total = [total[0] + sums[0], total[1] + sums[1]];
                     }
@@ -135,16 +136,17 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
             }
             Geometry::Interleaved(interleaved) => {
                 table.repeat(channels.len(), interleaved.repeats());
-                let terms = GradientTerms {
-                    level,
-                    sums: &self,
-                    coefficients: &table,
-                };
                 let mut total = Table::<T::Param, 2>::new();
                 let mut sums = Table::<T::Param, 2>::new();
                 for chunk in chunks.clone() {
                     let pixels = interleaved.pixels(&(chunk..chunk + 1));
-                    interleaved_sums::<_, _, 2, 1>(level, interleaved, channels, &pixels, &mut sums, &terms);
+                    let terms = GradientTerms {
+                        level,
+                        sums: &self,
+                        coefficients: &table,
+                        ahead: interleaved.ahead(&pixels),
+                    };
+                    interleaved_sums::<_, _, 2>(level, interleaved, channels, &pixels, &mut sums, &terms);
                     for (at, _) in blocks(channels.len()) {
                         total.add(level, 0, at, sums.at(0, at));
                         total.add(level, 1, at, sums.at(1, at));
@@ -160,11 +162,14 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
     }
 }
 
-/// g and g · ((x - K) - d).
+/// g and g · ((x - K) - d). Meanwhile what is read next of x and dy is fetched: where runs are short for their distance, a machine
+/// does not foresee it by itself.
 struct GradientTerms<'a, 'b, S, T: Element, E, C> {
     level: S,
     sums: &'a TaskSums<'b, T, E>,
     coefficients: &'a C,
+    /// How far behind a value is the one that is read next in its place.
+    ahead: usize,
 }
 
 impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param, 2>
@@ -176,7 +181,10 @@ impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param
             level,
             sums,
             coefficients,
+            ahead,
         } = *self;
+        sums.x.prefetch(level, block.at.wrapping_add(ahead));
+        sums.dy.prefetch(level, block.at.wrapping_add(ahead));
         // SAFETY: the geometry's blocks are inside tensors of its shape. No other task has this block, so that none writes
         // there, in place or not.
         unsafe {

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::coefficients::Table;
-use super::geometry::{Interleaved, Planar, Runs};
+use super::geometry::{Interleaved, Planar};
 use super::simd::{LANES, Lanes, Level, blocks};
 use crate::element::Real;
 
@@ -93,10 +93,11 @@ fn add_block<S: Level, P: Real, const M: usize, const U: usize>(
     }
 }
 
-/// Sums over some pixels for each channel of a strip, at the strip's positions in `sums`, which is overwritten. `U` vectors
-/// beside each other are added to at once, so that what they need per channel is fetched once for all pixels.
+/// Sums over some pixels for each channel of a strip, at the strip's positions in `sums`, which is overwritten. In the order of
+/// memory, four runs side by side: they are added pair to pair before they are added to the sum, which shortens the chain of
+/// additions that wait for each other, and of their rounding errors, and has sums fetched once for four values.
 #[inline(always)]
-pub(super) fn interleaved_sums<S: Level, P: Real, const M: usize, const U: usize>(
+pub(super) fn interleaved_sums<S: Level, P: Real, const M: usize>(
     level: S,
     interleaved: &Interleaved,
     channels: &Range<usize>,
@@ -106,66 +107,68 @@ pub(super) fn interleaved_sums<S: Level, P: Real, const M: usize, const U: usize
 ) {
     *sums = Table::new();
     let runs = interleaved.full_runs(channels, pixels);
-    let mut position = 0;
-    while position + U * LANES <= runs.len {
-        add_columns::<_, _, M, U>(level, &runs, position, LANES, sums, terms);
-        position += U * LANES;
+    let (full, rest) = (runs.len / LANES * LANES, runs.len % LANES);
+    let fours = runs.count / 4;
+    for four in 0..fours {
+        let run = four * 4;
+        let starts = [
+            runs.start(run),
+            runs.start(run + 1),
+            runs.start(run + 2),
+            runs.start(run + 3),
+        ];
+        let mut position = 0;
+        while position < full {
+            add_four(level, starts, position, LANES, sums, terms);
+            position += LANES;
+        }
+        if rest > 0 {
+            add_four(level, starts, full, rest, sums, terms);
+        }
     }
-    while position + LANES <= runs.len {
-        add_columns::<_, _, M, 1>(level, &runs, position, LANES, sums, terms);
-        position += LANES;
-    }
-    if position < runs.len {
-        add_columns::<_, _, M, 1>(level, &runs, position, runs.len - position, sums, terms);
+    for run in fours * 4..runs.count {
+        add_run(level, runs.start(run), runs.len, sums, terms);
     }
     let last = interleaved.last_run(channels, pixels);
     for run in 0..last.count {
-        for (position, count) in blocks(last.len) {
-            let added = terms.terms(Block::new(last.start(run), position, count));
-            for (sum, added) in added.iter().enumerate() {
-                sums.add(level, sum, position, first(level, *added, count));
-            }
-        }
+        add_run(level, last.start(run), last.len, sums, terms);
     }
     sums.fold(channels.len(), interleaved.repeats());
 }
 
-/// Adds all runs at `U` vectors' positions, of which `count` lanes are used. Four runs are added pair to pair before they are
-/// added to the sum, which shortens the chain of additions that wait for each other, and of their rounding errors.
+/// Adds `count` values from a position on of each of four runs.
 #[inline(always)]
-fn add_columns<S: Level, P: Real, const M: usize, const U: usize>(
+fn add_four<S: Level, P: Real, const M: usize>(
     level: S,
-    runs: &Runs,
+    starts: [usize; 4],
     position: usize,
     count: usize,
     sums: &mut Table<P, M>,
     terms: &impl Terms<P, M>,
 ) {
-    let mut totals = [[[P::ZERO; LANES]; U]; M];
-    let fours = runs.count / 4;
-    for four in 0..fours {
-        let run = four * 4;
-        for vector in 0..U {
-            let position = position + vector * LANES;
-            let a = terms.terms(Block::new(runs.start(run), position, count));
-            let b = terms.terms(Block::new(runs.start(run + 1), position, count));
-            let c = terms.terms(Block::new(runs.start(run + 2), position, count));
-            let d = terms.terms(Block::new(runs.start(run + 3), position, count));
-            for (sum, vectors) in totals.iter_mut().enumerate() {
-                let added = level.add(level.add(a[sum], b[sum]), level.add(c[sum], d[sum]));
-                vectors[vector] = level.add(vectors[vector], first(level, added, count));
-            }
-        }
+    let a = terms.terms(Block::new(starts[0], position, count));
+    let b = terms.terms(Block::new(starts[1], position, count));
+    let c = terms.terms(Block::new(starts[2], position, count));
+    let d = terms.terms(Block::new(starts[3], position, count));
+    for sum in 0..M {
+        let added = level.add(level.add(a[sum], b[sum]), level.add(c[sum], d[sum]));
+        sums.add(level, sum, position, first(level, added, count));
     }
-    for run in fours * 4..runs.count {
-        for vector in 0..U {
-            let block = Block::new(runs.start(run), position + vector * LANES, count);
-            add_block(level, &mut totals, vector, block, terms);
-        }
-    }
-    for (sum, vectors) in totals.iter().enumerate() {
-        for (vector, total) in vectors.iter().enumerate() {
-            sums.set(sum, position + vector * LANES, total);
+}
+
+/// Adds a run.
+#[inline(always)]
+fn add_run<S: Level, P: Real, const M: usize>(
+    level: S,
+    start: usize,
+    len: usize,
+    sums: &mut Table<P, M>,
+    terms: &impl Terms<P, M>,
+) {
+    for (position, count) in blocks(len) {
+        let added = terms.terms(Block::new(start, position, count));
+        for (sum, added) in added.iter().enumerate() {
+            sums.add(level, sum, position, first(level, *added, count));
         }
     }
 }

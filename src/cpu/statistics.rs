@@ -162,7 +162,7 @@ impl<T: Element> TaskStatistics<'_, T> {
             x: self.x,
             coefficients: &*strip,
         };
-        interleaved_sums::<_, _, 1, 2>(level, interleaved, channels, pixels, &mut sums, &shifted);
+        interleaved_sums::<_, _, 1>(level, interleaved, channels, pixels, &mut sums, &shifted);
         for (at, _) in blocks(channels.len()) {
             let sum = sums.at(0, at);
             strip.set(MEAN, at, &lanes(|i| sum[i] / values));
@@ -177,7 +177,7 @@ impl<T: Element> TaskStatistics<'_, T> {
             share: splat(T::Param::ONE / values),
             ahead: interleaved.ahead(pixels),
         };
-        interleaved_sums::<_, _, 1, 2>(level, interleaved, channels, pixels, &mut sums, &squares);
+        interleaved_sums::<_, _, 1>(level, interleaved, channels, pixels, &mut sums, &squares);
         for (at, _) in blocks(channels.len()) {
             let mut moments = [strip.at(MEAN, at), sums.at(0, at)];
             if counted > 0 {

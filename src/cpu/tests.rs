@@ -438,7 +438,7 @@ fn tensor<T: Element>(shape: Shape, seed: u64) -> Vec<T> {
         .collect()
 }
 
-/// As the backend has it.
+/// Less than the backend has, so that the larger shapes are cut for several threads.
 const THREADS_FROM: usize = 512 << 10;
 
 /// All that a training step writes, as bits.
