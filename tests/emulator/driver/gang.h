@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdarg>
+#include <deque>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -170,7 +171,7 @@ struct Gang {
   std::vector<Cluster> clusters;
   unsigned grid_arrived = 0;
   std::unordered_map<uintptr_t, Mbarrier> mbarriers;
-  std::vector<BulkCopy> copies;
+  std::deque<BulkCopy> copies;  // the first to start is the first to end, unless schedules are random
   std::unordered_map<uintptr_t, std::vector<Thread*>> counter_waiters;  // by the counter's address
   unsigned char* shared_begin = nullptr;
   size_t shared_stride = 0;

@@ -37,14 +37,15 @@ bool object_length(const Elf64_Ehdr& header, size_t* bytes) {
 }
 
 // Whether the file holds the object and trailer whose length is given, undamaged.
-bool verify(int descriptor, size_t bytes) {
+bool verify(int descriptor, size_t bytes, int* architecture) {
   const size_t whole = bytes + sizeof(ImageTrailer);
   void* mapped = mmap(nullptr, whole, PROT_READ, MAP_PRIVATE, descriptor, 0);
   if (mapped == MAP_FAILED) return false;
   ImageTrailer trailer;
   memcpy(&trailer, static_cast<const char*>(mapped) + bytes, sizeof trailer);
+  *architecture = int(trailer.architecture);
   const bool whole_image = memcmp(trailer.magic, IMAGE_MAGIC, sizeof IMAGE_MAGIC) == 0 && trailer.bytes == bytes &&
-                           trailer.hash == hash_bytes(mapped, bytes);
+                           trailer.hash == hash_image(trailer.architecture, mapped, bytes);
   munmap(mapped, whole);
   return whole_image;
 }
@@ -81,11 +82,12 @@ CUresult Image::load(const void* data, int compute_capability, std::unique_ptr<I
   if (descriptor < 0) return CUDA_ERROR_OPERATING_SYSTEM;
   Elf64_Ehdr header;
   size_t bytes = 0;
+  int compiled_for = 0;
   const bool sound = append(descriptor, data, sizeof header) &&
                      pread(descriptor, &header, sizeof header, 0) == static_cast<ssize_t>(sizeof header) &&
                      object_length(header, &bytes) && bytes > sizeof header &&
                      append(descriptor, text + sizeof header, bytes + sizeof(ImageTrailer) - sizeof header) &&
-                     verify(descriptor, bytes);
+                     verify(descriptor, bytes, &compiled_for);
   if (!sound) {
     close(descriptor);
     return CUDA_ERROR_INVALID_IMAGE;
@@ -101,10 +103,7 @@ CUresult Image::load(const void* data, int compute_capability, std::unique_ptr<I
     return CUDA_ERROR_INVALID_IMAGE;
   }
   std::unique_ptr<Image> loaded(new Image(descriptor, library));
-  const unsigned* architecture = static_cast<const unsigned*>(dlsym(library, "stand_in_architecture"));
-  if (!architecture) return CUDA_ERROR_INVALID_IMAGE;
   // A cubin runs on its own major version, from its own minor version on.
-  const int compiled_for = static_cast<int>(*architecture);
   if (compiled_for / 10 != compute_capability / 10 || compiled_for > compute_capability) {
     return CUDA_ERROR_NO_BINARY_FOR_GPU;
   }

@@ -1,7 +1,9 @@
 // The stand-in NVRTC: hands the very source and options it got to the C++ compiler of the host.
 //
-// A "cubin" is the shared object that comes back (image.h). It is kept in a directory under a key of everything that
-// went into it, so that a source is compiled once, whatever number of processes ask for it.
+// A "cubin" is the shared object that comes back, with a trailer (image.h). Shared objects are kept in a directory
+// under a key of what the preprocessor made of the source: kernels that differ in definitions that only a GPU's
+// compiler looks at are compiled once. Beside them, under a key of source and options, lies the name of the object that
+// belongs to them, so that nothing is preprocessed twice either, whatever number of processes ask for it.
 #include <fcntl.h>
 #include <spawn.h>
 #include <sys/stat.h>
@@ -273,83 +275,64 @@ std::vector<std::string> compile_command(const Options& options) {
   std::vector<std::string> command = compiler().command;
   // Every access is instrumented; the driver supplies what the instrumentation calls. Contraction stays off, so that
   // fma_rn is the only fused multiply-add, as with --fmad=false on a GPU. Debugging information is for line numbers; in
-  // its fifth version, addr2line of binutils 2.40 takes file names for each other. Stacks
-  // have 64 KiB.
-  for (const char* flag : {"-x", "c++", "-std=c++17", "-c", "-O1", "-g1", "-gdwarf-4",
-                           "-Werror=frame-larger-than=32768", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",
-                           "-fno-rtti", "-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=thread", "-pipe"}) {
+  // its fifth version, addr2line of binutils 2.40 takes file names for each other. Stacks have 64 KiB. Kernels are
+  // compiled more often than they run for long, so the compiler takes the way that is short for it. The working
+  // directory would be in the preprocessed text, and the same kernel another one in another directory.
+  for (const char* flag :
+       {"-x", "c++", "-std=c++17", "-c", "-Og", "-g1", "-gdwarf-4", "-Werror=frame-larger-than=32768", "-fPIC",
+        "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing", "-ffp-contract=off",
+        "-fsanitize=thread", "-fno-working-directory", "-pipe"}) {
     command.push_back(flag);
   }
   if (compiler().clang) {
     command.insert(command.end(), {"-mllvm", "-tsan-instrument-func-entry-exit=0"});
   } else {
-    command.insert(command.end(), {"--param=tsan-instrument-func-entry-exit=0", "-fno-gnu-unique"});
+    // Small structs in registers, or each access to them would be instrumented; less code for functions with one
+    // caller; and no search for where variables live, which takes as long as the optimisation and nobody looks at.
+    command.insert(command.end(), {"--param=tsan-instrument-func-entry-exit=0", "-fno-gnu-unique", "-ftree-sra",
+                                   "-finline-functions-called-once", "-fno-var-tracking",
+                                   "-fno-var-tracking-assignments", "-gno-statement-frontiers"});
   }
 #if defined(__x86_64__)
   // Without it each fma_rn is a call into the C library.
   if (__builtin_cpu_supports("fma")) command.push_back("-mfma");
 #endif
-  command.insert(command.end(), {"-DBATCHNORM_STAND_IN", "-DSTAND_IN_ARCH=" + std::to_string(options.architecture),
-                                 "-I" + configuration.include});
+  command.insert(command.end(), {"-DBATCHNORM_STAND_IN", "-I" + configuration.include});
   command.insert(command.end(), options.for_host.begin(), options.for_host.end());
   return command;
 }
 
-// What the compiler gets: the source under the name that its author gave it, and the architecture, for the driver to
-// see.
+// What the compiler gets: the source under the name that its author gave it.
 std::string unit_of(const Program& program) {
   std::string name;
   for (const char c : program.name) {
     if (c == '"' || c == '\\') name += '\\';
     name += c;
   }
-  return "extern \"C\" __attribute__((visibility(\"default\"))) const unsigned stand_in_architecture;\n"
-         "const unsigned stand_in_architecture = STAND_IN_ARCH;\n"
-         "#line 1 \"" +
-         name + "\"\n" + program.source;
+  return "#line 1 \"" + name + "\"\n" + program.source;
 }
 
-std::string key_of(const std::vector<std::string>& command, const std::string& unit) {
-  std::string everything = compiler().identity;
-  for (const std::string& word : command) everything += '\0' + word;
-  for (const char* header : {"/stand_in_abi.h", "/stand_in_device.h"})
-    everything += '\0' + read_file(configuration.include + header);
-  everything += '\0' + unit;
+// Two hashes from different beginnings: 128 bits, so that no two texts share a key.
+std::string key_of(const std::string& everything) {
   char key[40];
-  // Two hashes from different beginnings: 128 bits, so that no two sources share an image.
   snprintf(key, sizeof key, "%016llx%016llx",
            static_cast<unsigned long long>(hash_bytes(everything.data(), everything.size())),
            static_cast<unsigned long long>(hash_bytes(everything.data(), everything.size(), 0x9e3779b97f4a7c15u)));
   return key;
 }
 
-bool compile(const Program& program, std::vector<std::string> command, const std::string& unit, const std::string& path,
-             std::string* log) {
-  ScratchFiles scratch;
-  const std::string source = scratch.path(".cpp"), object = scratch.path(".o"), library = scratch.path(".so");
-  const std::string messages = scratch.path(".log"), finished = scratch.path(".cubin");
-  if (!write_file(source, unit)) {
-    *log = "nvrtc: error: cannot write to " + configuration.cache + "\n";
-    return false;
-  }
-  command.insert(command.end(), {"-o", object, source});
-  std::vector<std::string> link = compiler().command;
-  link.insert(link.end(), {"-shared", "-nostdlib", "-o", library, object});
-  const bool done = run(command, messages) && run(link, messages);
-  if (!done) {
-    *log = read_file(messages);
-    if (log->empty()) *log = "nvrtc: error: the compiler failed on " + program.name + "\n";
-    return false;
-  }
-  // Its warnings are another compiler's, about a GPU's pragmas: not what NVRTC would say.
-  std::string image = read_file(library);
-  ImageTrailer trailer;
-  memcpy(trailer.magic, IMAGE_MAGIC, sizeof trailer.magic);
-  trailer.bytes = image.size();
-  trailer.hash = hash_bytes(image.data(), image.size());
-  image.append(reinterpret_cast<const char*>(&trailer), sizeof trailer);
-  // Readers see the whole file or none.
-  return write_file(finished, image) && rename(finished.c_str(), path.c_str()) == 0;
+// The key of a source with its options.
+std::string key_of(const std::vector<std::string>& command, const std::string& unit) {
+  std::string everything = compiler().identity;
+  for (const std::string& word : command) everything += '\0' + word;
+  for (const char* header : {"/stand_in_abi.h", "/stand_in_device.h"})
+    everything += '\0' + read_file(configuration.include + header);
+  return key_of(everything + '\0' + unit);
+}
+
+// Readers see the whole file or none.
+bool write_whole(const std::string& path, const std::string& scratch, const std::string& content) {
+  return write_file(scratch, content) && rename(scratch.c_str(), path.c_str()) == 0;
 }
 
 // Lets one thread at a time compile a source; the others find it in the cache afterwards.
@@ -381,6 +364,74 @@ class InProgress {
   }
   std::string key_;
 };
+
+// Runs a command of the compiler; its complaints become the log.
+bool run_compiler(const Program& program, const std::vector<std::string>& command, ScratchFiles& scratch,
+                  std::string* log) {
+  const std::string messages = scratch.path(".log");
+  if (run(command, messages)) return true;
+  *log = read_file(messages);
+  if (log->empty()) *log = "nvrtc: error: the compiler failed on " + program.name + "\n";
+  return false;
+}
+
+// Whether an option has done its work when a source is preprocessed.
+bool for_preprocessor(const std::string& option) {
+  return starts_with(option, "-D") || starts_with(option, "-U") || starts_with(option, "-I");
+}
+
+// Compiles what is not in the cache. The name of the object there, or nothing and a log.
+//
+// Warnings are another compiler's, about a GPU's pragmas: not what NVRTC would say.
+std::string compile(const Program& program, const std::vector<std::string>& command, const std::string& unit,
+                    std::string* log) {
+  ScratchFiles scratch;
+  const std::string source = scratch.path(".cpp"), preprocessed = scratch.path(".ii"), object = scratch.path(".o");
+  const std::string library = scratch.path(".so"), finished = scratch.path(".object");
+  if (!write_file(source, unit)) {
+    *log = "nvrtc: error: cannot write to " + configuration.cache + "\n";
+    return "";
+  }
+  std::vector<std::string> preprocess = command;
+  preprocess.insert(preprocess.end(), {"-E", "-o", preprocessed, source});
+  if (!run_compiler(program, preprocess, scratch, log)) return "";
+  std::string text = read_file(preprocessed);
+  // The scratch file's name is another one every time.
+  for (size_t at = 0; (at = text.find(source, at)) != std::string::npos;) text.replace(at, source.size(), "source");
+  std::vector<std::string> make;
+  std::copy_if(command.begin(), command.end(), std::back_inserter(make),
+               [](const std::string& word) { return !for_preprocessor(word); });
+  std::vector<std::string> link = compiler().command;
+  make.insert(make.end(), {"-x", "c++-cpp-output"});
+  link.insert(link.end(), {"-shared", "-nostdlib"});
+  std::string everything = compiler().identity + '\0' + text;
+  for (const std::vector<std::string>& step : {make, link}) {
+    for (const std::string& word : step) everything += '\0' + word;
+  }
+  const std::string name = key_of(everything) + ".object";
+  const std::string path = configuration.cache + "/" + name;
+  const InProgress only_one(name);
+  if (!read_file(path).empty()) return name;
+  make.insert(make.end(), {"-o", object, preprocessed});
+  link.insert(link.end(), {"-o", library, object});
+  if (!run_compiler(program, make, scratch, log) || !run_compiler(program, link, scratch, log)) return "";
+  const std::string linked = read_file(library);
+  if (linked.empty() || !write_whole(path, finished, linked)) {
+    *log = "nvrtc: error: cannot write to " + configuration.cache + "\n";
+    return "";
+  }
+  return name;
+}
+
+// A shared object as a cubin for an architecture.
+std::string cubin_of(std::string object, int architecture) {
+  ImageTrailer trailer;
+  memcpy(trailer.magic, IMAGE_MAGIC, sizeof trailer.magic);
+  trailer.architecture = uint64_t(architecture);
+  trailer.bytes = object.size();
+  trailer.hash = hash_image(trailer.architecture, object.data(), object.size());
+  return object.append(reinterpret_cast<const char*>(&trailer), sizeof trailer);
+}
 
 void copy_out(const std::string& text, char* into) { memcpy(into, text.data(), text.size()); }
 
@@ -489,18 +540,23 @@ nvrtcResult nvrtcCompileProgram(void* handle, int option_count, const char* cons
   const std::vector<std::string> command = compile_command(options);
   const std::string unit = unit_of(*program);
   const std::string key = key_of(command, unit);
-  const std::string path = configuration.cache + "/" + key + ".cubin";
-  std::string image;
+  const std::string path = configuration.cache + "/" + key + ".name";
+  std::string object;
   {
     const InProgress only_one(key);
-    image = read_file(path);
-    if (image.empty()) {
-      if (!compile(*program, command, unit, path, &program->log)) return NVRTC_ERROR_COMPILATION;
-      image = read_file(path);
-      if (image.empty()) return NVRTC_ERROR_INTERNAL_ERROR;
+    const std::string name = read_file(path);
+    if (!name.empty()) object = read_file(configuration.cache + "/" + name);
+    if (object.empty()) {
+      const std::string compiled = compile(*program, command, unit, &program->log);
+      if (compiled.empty()) return NVRTC_ERROR_COMPILATION;
+      object = read_file(configuration.cache + "/" + compiled);
+      ScratchFiles scratch;
+      if (object.empty()) return NVRTC_ERROR_INTERNAL_ERROR;
+      // Without it the source will be preprocessed again, and no more.
+      write_whole(path, scratch.path(".name"), compiled);
     }
   }
-  if (options.real_architecture) program->cubin = std::move(image);
+  if (options.real_architecture) program->cubin = cubin_of(std::move(object), options.architecture);
   program->ptx = std::string(PTX_MAGIC) + ".version 9.0\n.target sm_" + std::to_string(options.architecture) + "\n";
   return NVRTC_SUCCESS;
 }

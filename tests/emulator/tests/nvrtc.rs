@@ -56,7 +56,7 @@ fn options_that_cannot_be_kept_are_errors() {
 #[test]
 fn definitions_reach_the_source() {
     emulator::install();
-    let source = with_seam("#if SIZE != 7 || !defined(FLAG) || defined(GONE) || STAND_IN_ARCH != 80\n#error\n#endif\n");
+    let source = with_seam("#if SIZE != 7 || !defined(FLAG) || defined(GONE)\n#error\n#endif\n");
     for options in [
         ["--gpu-architecture=sm_80", "-DSIZE=7", "-DFLAG", "-DGONE", "-UGONE"],
         [
@@ -71,6 +71,25 @@ fn definitions_reach_the_source() {
     }
     compile(&source, &["-arch", "sm_80", "-D", "SIZE=7", "--define-macro", "FLAG"]).unwrap();
     compile(&source, &["-arch=sm_80", "-DSIZE=8", "-DFLAG"]).unwrap_err();
+}
+
+/// Definitions that only a GPU's compiler looks at make no other object of a source, so that it is compiled once; the
+/// architecture is in the trailer alone.
+#[test]
+fn images_differ_where_the_preprocessed_sources_do() {
+    emulator::install();
+    let source = with_seam(&format!(
+        "{ARGUMENTS}KERNEL(number, Arguments, 32) {{ arguments.c[0] = NUMBER; }}"
+    ));
+    let image = |options: [&str; 3]| compile(&source, &options).unwrap();
+    let first = image(["-arch=sm_80", "-DNUMBER=1", "-DBLOCKS=1"]);
+    assert_eq!(first, image(["-arch=sm_80", "-DNUMBER=1", "-DBLOCKS=2"]));
+    assert_ne!(first, image(["-arch=sm_80", "-DNUMBER=2", "-DBLOCKS=1"]));
+    let for_90 = image(["-arch=sm_90", "-DNUMBER=1", "-DBLOCKS=1"]);
+    const TRAILER: usize = 40;
+    let object = |image: &[u8]| image[..image.len() - TRAILER].to_vec();
+    assert_eq!(object(&first), object(&for_90));
+    assert_ne!(first, for_90);
 }
 
 #[test]
@@ -111,7 +130,9 @@ fn a_damaged_image_is_refused() {
     emulator::install();
     let image = compile(&source(), &["--gpu-architecture=sm_90"]).unwrap();
     assert_eq!(load("h200", &image), CUresult::CUDA_SUCCESS);
-    for position in [0, 3, 20, 40, image.len() / 2, image.len() - 60, image.len() - 1] {
+    // In the trailer: its mark, the architecture, the length, the hash.
+    let len = image.len();
+    for position in [0, 3, 20, 40, len / 2, len - 60, len - 40, len - 24, len - 16, len - 1] {
         let mut damaged = image.clone();
         damaged[position] ^= 1;
         assert_eq!(
@@ -184,7 +205,7 @@ fn many_threads_compile_the_same_and_different_sources() {
                 let context = CudaContext::new(thread % 2).unwrap();
                 let stream = context.new_stream().unwrap();
                 let source = format!(
-                    "{ARGUMENTS}// {}\nKERNEL(mark, Arguments, 1) {{ arguments.c[0] = {}; }}",
+                    "{ARGUMENTS}enum {{ PROCESS = {} }};\nKERNEL(mark, Arguments, 1) {{ arguments.c[0] = {}; }}",
                     std::process::id(),
                     thread / 4
                 );
