@@ -18,7 +18,40 @@ on_every_device!(
 /// Every file by teams of every size, with both ways of copying.
 #[cfg(target_os = "linux")]
 mod on_cuda_resident {
-    use batchnorm_cuda::cuda::plan::{Choice, Team};
+    use batchnorm_cuda::Cuda;
+    use batchnorm_cuda::cuda::plan::{Choice, Operation, Problem, Team};
+
+    use super::common::{Driver, say};
+    use super::{Dtype, File, files};
+
+    /// On the stand-in a device with few blocks where all of them take part: each of their threads costs the host something.
+    fn device(team: Team) -> Cuda {
+        match (super::common::driver(), team) {
+            (Driver::StandIn, Team::Grid) => super::common::cuda_device(emulator::ordinal("small-100")),
+            _ => super::common::cuda(),
+        }
+    }
+
+    /// How many training steps are planned for the resident path, and how many there are. Where only bulk copies are allowed,
+    /// which move 16 bytes or a multiple, many take the general one.
+    fn resident_steps(device: &Cuda) -> (usize, usize) {
+        let files = files().into_iter().map(|path| File::read(&path).unwrap());
+        let steps = files
+            .filter(|file| !file.is_state_dict())
+            .map(|file| file.describe().unwrap());
+        let plans: Vec<_> = steps
+            .filter(|about| about.training && about.dtype != Dtype::F64)
+            .map(|about| {
+                device
+                    .plan(&Problem::new(Operation::Train, about.shape, about.dtype))
+                    .unwrap()
+            })
+            .collect();
+        let resident = plans
+            .iter()
+            .filter(|plan| plan.kernels[0].instantiation.resident.is_some());
+        (resident.count(), plans.len())
+    }
 
     fn every_file(team: Team, stages: u32, bulk: bool) {
         let choice = Choice {
@@ -27,7 +60,16 @@ mod on_cuda_resident {
             bulk: Some(bulk),
             ..Choice::resident(Some(team))
         };
-        super::every_file(&super::common::cuda().with_choice(choice));
+        let device = device(team).with_choice(choice);
+        if super::common::driver() == Driver::StandIn {
+            let (resident, steps) = resident_steps(&device);
+            say(&format!(
+                "golden, {}: {resident} of {steps} training steps by resident kernels",
+                device.choice()
+            ));
+            assert!(resident >= if bulk { 8 } else { steps }, "{resident} of {steps}");
+        }
+        super::every_file(&device);
     }
 
     #[test]
