@@ -67,7 +67,8 @@ mod on_cuda_resident {
                 "golden, {}: {resident} of {steps} training steps by resident kernels",
                 device.choice()
             ));
-            assert!(resident >= if bulk { 8 } else { steps }, "{resident} of {steps}");
+            // Of those in the repository; what else is in `BATCHNORM_GOLDEN_DIR` may be larger than a chip.
+            assert!(resident >= if bulk { 8 } else { 70 }, "{resident} of {steps}");
         }
         super::every_file(&device);
     }

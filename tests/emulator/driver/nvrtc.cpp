@@ -288,7 +288,7 @@ std::vector<std::string> compile_command(const Options& options) {
     command.insert(command.end(), {"-mllvm", "-tsan-instrument-func-entry-exit=0"});
   } else {
     // Small structs in registers, or each access to them would be instrumented; less code for functions with one
-    // caller; and no search for where variables live, which takes as long as the optimisation and nobody looks at.
+    // caller; and no search for where variables live, which takes a quarter of the time and nobody looks at.
     command.insert(command.end(), {"--param=tsan-instrument-func-entry-exit=0", "-fno-gnu-unique", "-ftree-sra",
                                    "-finline-functions-called-once", "-fno-var-tracking",
                                    "-fno-var-tracking-assignments", "-gno-statement-frontiers"});
