@@ -5,7 +5,8 @@
 
 #include "stand_in_abi.h"
 
-// Inlined as on a GPU: the driver takes accesses of a warp for one instruction where they come from one place in the code.
+// Inlined as on a GPU: the driver takes accesses of a warp for one instruction where they come from one place in the
+// code.
 #define DEVICE inline __attribute__((always_inline))
 
 // The built-in variables of a CUDA thread.
