@@ -1,12 +1,11 @@
 //! Mean and variance of one channel, gathered piece by piece and merged: the state of the CPU backend's statistics and of
 //! whatever merges statistics on the host.
 //!
-//! A piece is taken in two passes over data that is still in the cache (mean, then mean square of the deviations from
-//! it), and the pieces are merged pairwise. The update of a mean by one more observation is Welford's (1962, *Note on a
-//! method for calculating corrected sums of squares and products*, Technometrics 4); its form for two sets is that of
-//! Chan, Golub and LeVeque (1979, *Updating formulae and a pairwise algorithm for computing sample variances*, Stanford
-//! STAN-CS-79-773). Unlike theirs, the state holds the variance and not the sum of squared deviations: in `f32`, with a
-//! deviation of 1e17, the sum overflows long before the variance does.
+//! Pieces come with their mean and variance, and are merged pairwise. The update of a mean by one more observation is
+//! Welford's (1962, *Note on a method for calculating corrected sums of squares and products*, Technometrics 4); its form for
+//! two sets is that of Chan, Golub and LeVeque (1979, *Updating formulae and a pairwise algorithm for computing sample
+//! variances*, Stanford STAN-CS-79-773). Unlike theirs, the state holds the variance and not the sum of squared deviations:
+//! in `f32`, with a deviation of 1e17, the sum overflows long before the variance does.
 
 use crate::element::Real;
 
@@ -93,7 +92,7 @@ impl<P: Real> Weights<P> {
 mod tests {
     use super::*;
 
-    /// The two passes over a slice, in order.
+    /// Adds a slice, by two passes over it.
     fn push<P: Real>(state: Welford<P>, values: &[P]) -> Welford<P> {
         let mean = values.iter().copied().sum::<P>() / P::from_f64(values.len() as f64);
         let share = P::ONE / P::from_f64(values.len() as f64);

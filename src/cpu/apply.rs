@@ -8,7 +8,8 @@ use super::reduce::Block;
 use super::simd::{Kernel, Lanes, Level};
 use crate::element::{Element, Real};
 
-/// `y = epilogue(fma((x - K) - d, invstd · weight, bias))` for the elements of one task.
+/// `y = epilogue(fma(x - mean, scale, shift))` for the elements of one task, with the numbers of
+/// [`coefficients`](super::coefficients).
 pub(super) struct Apply<'a, T: Element, E> {
     pub(super) geometry: &'a Geometry,
     pub(super) task: &'a Task,
@@ -73,7 +74,7 @@ impl<T: Element> Epilogue<T> for AddRelu<'_, T> {
     }
 }
 
-/// `fma((x - K) - d, invstd · weight, bias)`.
+/// `fma(x - mean, scale, shift)`.
 #[inline(always)]
 pub(super) fn normalised<S: Level, P: Real>(
     level: S,

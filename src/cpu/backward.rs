@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::apply::normalised;
-use super::coefficients::{Coefficients, NORMALISATION, Normalisation, SCALE, Table};
+use super::coefficients::{Centres, Coefficients, NORMALISATION, Normalisation, SCALE, Table, less_rest};
 use super::elementwise::{Order, Visitor, centred, visit, write};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
@@ -12,7 +12,7 @@ use super::simd::{Kernel, Lanes, Level, blocks, lanes, narrow, splat, widen};
 use super::workspace::Partials;
 use crate::element::{Element, Real};
 
-/// Index of what is subtracted from all gradients of a channel: Σ g / n.
+/// Index of what is subtracted from all gradients of a channel: Σ g / n, and what the rest of the mean makes of the slope.
 const GRADIENT_MEAN: usize = NORMALISATION;
 /// Index of what is added per unit of x - mean: -invstd · dweight / n.
 const GRADIENT_SLOPE: usize = NORMALISATION + 1;
@@ -21,7 +21,7 @@ const COEFFICIENTS: usize = NORMALISATION + 2;
 
 /// Where the epilogue lets the gradient through.
 pub(super) trait Mask<T: Element>: Copy + Send + Sync {
-    /// The gradient `dy` of a block behind the mask, `x` being (x - K) - d.
+    /// The gradient `dy` of a block behind the mask, `x` being x - mean as [`centred`] has it.
     ///
     /// # Safety
     /// The block is inside the tensors, and no thread writes to what is read.
@@ -94,7 +94,7 @@ impl<T: Element> Mask<T> for Stored<'_, T> {
     }
 }
 
-/// Σ g and Σ g · ((x - K) - d) in one task, into `partials`; g is dy behind the mask.
+/// Σ g and Σ g · (x - mean), the mean as it was rounded, in one task, into `partials`; g is dy behind the mask.
 pub(super) struct TaskSums<'a, T: Element, E> {
     pub(super) geometry: &'a Geometry,
     pub(super) task: &'a Task,
@@ -126,7 +126,7 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
                             coefficients: &table.uniform(index),
                             ahead: planar.ahead(channel, chunk, chunks),
                         };
-                        let sums = planar_sums::<_, _, 2, 2>(level, planar, channel, chunk, &terms);
+                        let sums = planar_sums::<_, _, 2, 2>(level, planar.runs(channel, chunk), &terms);
                         total = [total[0] + sums[0], total[1] + sums[1]];
                     }
                     let total = [splat(total[0]), splat(total[1])];
@@ -162,7 +162,7 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
     }
 }
 
-/// g and g · ((x - K) - d). Meanwhile what is read next of x and dy is fetched: where runs are short for their distance, a machine
+/// g and g · (x - mean). Meanwhile what is read next of x and dy is fetched: where runs are short for their distance, a machine
 /// does not foresee it by itself.
 struct GradientTerms<'a, 'b, S, T: Element, E, C> {
     level: S,
@@ -233,8 +233,8 @@ impl<T: Element> Kernel for FinishSums<'_, T> {
             };
             let [bias, products] = pairwise(&sums, self.geometry.parts());
             // SAFETY: nothing writes statistics in a backward pass.
-            let [_, _, invstd] = unsafe { self.normalisation.statistics(level, channel, count) };
-            let weight = lanes(|i| products[i] * invstd[i]);
+            let Centres { rest, invstd, .. } = unsafe { self.normalisation.centres(level, channel, count) };
+            let weight = lanes(|i| less_rest(products[i], rest[i], bias[i]) * invstd[i]);
             let gradient = [
                 lanes(|i| bias[i] / values),
                 lanes(|i| -(invstd[i] * weight[i] / values)),
@@ -332,8 +332,13 @@ impl<T: Element, E: Mask<T>> Kernel for ApplyGradient<'_, T, E> {
             Some(gradient) => {
                 for (at, count) in blocks(channels.len()) {
                     // SAFETY: the numbers of these channels are complete before any of their elements is computed.
-                    let [mean, slope] = unsafe { gradient.load(level, 0, channels.start + at, count) };
-                    table.set(GRADIENT_MEAN, at, &mean);
+                    let ([mean, slope], Centres { rest, .. }) = unsafe {
+                        (
+                            gradient.load(level, 0, channels.start + at, count),
+                            self.normalisation.centres(level, channels.start + at, count),
+                        )
+                    };
+                    table.set(GRADIENT_MEAN, at, &lanes(|i| less_rest(mean[i], -rest[i], slope[i])));
                     table.set(GRADIENT_SLOPE, at, &slope);
                 }
                 self.visit::<S, true>(level, &mut table);

@@ -10,16 +10,14 @@ use super::simd::{LANES, Lanes, Level, blocks, lanes, splat};
 use crate::backend::BatchStatistics;
 use crate::element::{Element, Real};
 
-/// Index of K, the pivot: the channel's first element, or the running mean.
-pub(super) const PIVOT: usize = 0;
-/// Index of d, the mean of x - K.
-pub(super) const OFFSET: usize = 1;
+/// Index of the mean, rounded.
+pub(super) const MEAN: usize = 0;
 /// Index of invstd · weight.
-pub(super) const SCALE: usize = 2;
-/// Index of the bias.
-pub(super) const SHIFT: usize = 3;
+pub(super) const SCALE: usize = 1;
+/// Index of the bias, less what the rest of the mean makes of the scale.
+pub(super) const SHIFT: usize = 2;
 /// How many coefficients normalisation has.
-pub(super) const NORMALISATION: usize = 4;
+pub(super) const NORMALISATION: usize = 3;
 
 /// Coefficients of the values of a block.
 pub(super) trait Coefficients<P: Real> {
@@ -190,26 +188,41 @@ pub(super) fn invstd<P: Real>(variance: P, eps: P) -> P {
     P::ONE / (variance + eps).sqrt()
 }
 
+/// What some channels are normalised by: `x̂ = ((x - mean) - rest) · invstd`.
+pub(super) struct Centres<P> {
+    /// The mean, rounded.
+    pub(super) mean: Lanes<P>,
+    /// What rounding took from it.
+    pub(super) rest: Lanes<P>,
+    /// 1 / sqrt(variance + eps).
+    pub(super) invstd: Lanes<P>,
+}
+
 impl<P: Real> Normalisation<'_, P> {
-    /// K, d and 1 / sqrt(variance + eps) of `count` channels from `channel` on.
+    /// The numbers of `count` channels from `channel` on.
     ///
     /// # Safety
     /// The channels exist, and no thread writes their statistics meanwhile.
     #[inline(always)]
-    pub(super) unsafe fn statistics<S: Level>(&self, level: S, channel: usize, count: usize) -> [Lanes<P>; 3] {
+    pub(super) unsafe fn centres<S: Level>(&self, level: S, channel: usize, count: usize) -> Centres<P> {
         // SAFETY: the caller's promise.
         unsafe {
             match self.statistics {
                 Statistics::Running { mean, variance, eps } => {
-                    let mean = Source::from(mean).load(level, channel, count);
                     let variance = Source::from(variance).load(level, channel, count);
-                    [mean, splat(P::ZERO), lanes(|i| invstd(variance[i], eps))]
+                    Centres {
+                        mean: Source::from(mean).load(level, channel, count),
+                        rest: splat(P::ZERO),
+                        invstd: lanes(|i| invstd(variance[i], eps)),
+                    }
                 }
-                Statistics::Batch { pivot, offset, invstd } => [
-                    pivot.load(level, channel, count),
-                    offset.load(level, channel, count),
-                    invstd.load(level, channel, count),
-                ],
+                Statistics::Batch { pivot, offset, invstd } => {
+                    let pivot = pivot.load(level, channel, count);
+                    let offset = offset.load(level, channel, count);
+                    let [mean, rest] = two_sum(level, pivot, offset);
+                    let invstd = invstd.load(level, channel, count);
+                    Centres { mean, rest, invstd }
+                }
             }
         }
     }
@@ -223,7 +236,7 @@ impl<P: Real> Normalisation<'_, P> {
     /// Writes the coefficients of `channels` to the first positions of `table`.
     ///
     /// # Safety
-    /// As [`Normalisation::statistics`].
+    /// As [`Normalisation::centres`].
     #[inline(always)]
     pub(super) unsafe fn fill<S: Level, const M: usize>(
         &self,
@@ -234,13 +247,35 @@ impl<P: Real> Normalisation<'_, P> {
         for (at, count) in blocks(channels.len()) {
             let channel = channels.start + at;
             // SAFETY: the caller's promise.
-            let [pivot, offset, invstd] = unsafe { self.statistics(level, channel, count) };
+            let Centres { mean, rest, invstd } = unsafe { self.centres(level, channel, count) };
             let weight = self.weight(level, channel, count);
-            table.set(PIVOT, at, &pivot);
-            table.set(OFFSET, at, &offset);
-            table.set(SCALE, at, &lanes(|i| invstd[i] * weight[i]));
-            table.set(SHIFT, at, &load_or(level, self.bias, P::ZERO, channel, count));
+            let bias = load_or(level, self.bias, P::ZERO, channel, count);
+            let scale = lanes(|i| invstd[i] * weight[i]);
+            table.set(MEAN, at, &mean);
+            table.set(SCALE, at, &scale);
+            table.set(SHIFT, at, &lanes(|i| less_rest(bias[i], rest[i], scale[i])));
         }
+    }
+}
+
+/// The sum, rounded, and what rounding took from it (Knuth's TwoSum).
+#[inline(always)]
+fn two_sum<S: Level, P: Real>(level: S, a: Lanes<P>, b: Lanes<P>) -> [Lanes<P>; 2] {
+    let sum = level.add(a, b);
+    let taken = level.sub(sum, a);
+    let rest = level.add(level.sub(a, level.sub(sum, taken)), level.sub(b, taken));
+    [sum, rest]
+}
+
+/// `term - rest · factor`: where x - mean, times the factor, is added to the result, it is as if x had been taken from the mean
+/// before that was rounded. An infinite factor makes of every x what it will, and nothing of a rest.
+#[inline(always)]
+pub(super) fn less_rest<P: Real>(term: P, rest: P, factor: P) -> P {
+    let corrected = (-rest).mul_add(factor, term);
+    if factor.is_finite() && rest.is_finite() {
+        corrected
+    } else {
+        term
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::coefficients::{Coefficients, OFFSET, PIVOT, Table};
+use super::coefficients::{Coefficients, MEAN, Table};
 use super::geometry::{Geometry, Task};
 use super::memory::{Sink, Source};
 use super::reduce::Block;
@@ -120,40 +120,36 @@ fn visit_blocks<P: Real>(
     coefficients: &impl Coefficients<P>,
 ) {
     let (start, blocks, rest) = (run.start, run.len() / LANES, run.len() % LANES);
-    // Stretches within a period, so that their blocks need not ask where it ends.
-    match order {
-        Order::Ascending => {
-            let (mut done, mut position) = (0, 0);
-            while done < blocks {
-                let stretch = (period - position).div_ceil(LANES).min(blocks - done);
-                for number in 0..stretch {
-                    let block = Block {
-                        at: start + (done + number) * LANES,
-                        position: position + number * LANES,
-                        count: LANES,
-                    };
-                    visitor.visit(block, coefficients, aligned);
-                }
-                done += stretch;
-                position = (position + stretch * LANES).wrapping_sub(period);
-            }
+    let first = match order {
+        Order::Ascending => 0,
+        Order::Descending => blocks.saturating_sub(1) * LANES,
+    };
+    let step = match order {
+        Order::Ascending => LANES,
+        Order::Descending => LANES.wrapping_neg(),
+    };
+    let (mut at, mut position, mut left) = (start + first, first % period, blocks);
+    while left > 0 {
+        // A stretch within a period, so that its blocks need not ask where that ends.
+        let stretch = match order {
+            Order::Ascending => (period - position).div_ceil(LANES),
+            Order::Descending => position / LANES + 1,
+        };
+        for _ in 0..stretch.min(left) {
+            let block = Block {
+                at,
+                position,
+                count: LANES,
+            };
+            visitor.visit(block, coefficients, aligned);
+            at = at.wrapping_add(step);
+            position = position.wrapping_add(step);
         }
-        Order::Descending => {
-            let (mut left, mut position) = (blocks, blocks.saturating_sub(1) * LANES % period);
-            while left > 0 {
-                let stretch = (position / LANES + 1).min(left);
-                for number in 0..stretch {
-                    let block = Block {
-                        at: start + (left - 1 - number) * LANES,
-                        position: position - number * LANES,
-                        count: LANES,
-                    };
-                    visitor.visit(block, coefficients, aligned);
-                }
-                left -= stretch;
-                position = position.wrapping_add(period).wrapping_sub(stretch * LANES);
-            }
-        }
+        left = left.saturating_sub(stretch);
+        position = match order {
+            Order::Ascending => position.wrapping_sub(period),
+            Order::Descending => position.wrapping_add(period),
+        };
     }
     if rest > 0 {
         let full = blocks * LANES;
@@ -166,7 +162,7 @@ fn visit_blocks<P: Real>(
     }
 }
 
-/// (x - K) - d.
+/// x less the mean as it was rounded.
 #[inline(always)]
 pub(super) fn centred<S: Level, P: Real>(
     level: S,
@@ -174,9 +170,7 @@ pub(super) fn centred<S: Level, P: Real>(
     coefficients: &impl Coefficients<P>,
     position: usize,
 ) -> Lanes<P> {
-    let pivot = coefficients.at(PIVOT, position);
-    let offset = coefficients.at(OFFSET, position);
-    level.sub(level.sub(x, pivot), offset)
+    level.sub(x, coefficients.at(MEAN, position))
 }
 
 /// Rounds and writes a block, past the caches if it is `aligned` for that.

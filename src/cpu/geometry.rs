@@ -4,7 +4,7 @@
 //! whoever computes it:
 //!
 //! - The channels are cut into **groups** of neighbours, the values of each channel into **chunks**. A chunk of one channel
-//!   (NCHW) or of a group (NHWC) stays in the nearest caches, so that it can be read twice.
+//!   (NCHW) or of a group (NHWC) stays in the nearest caches: while it is read, the next one is fetched.
 //! - Several chunks are a **part**: what is summed up one after another, by one task.
 //! - A chunk is several **runs** of adjacent elements.
 //!
@@ -67,6 +67,23 @@ impl Runs {
     #[inline(always)]
     pub(super) fn start(&self, run: usize) -> usize {
         self.start + run * self.stride
+    }
+
+    /// Number of elements of all.
+    #[inline(always)]
+    pub(super) fn values(&self) -> usize {
+        self.count * self.len
+    }
+
+    /// Those at the beginning, as many as have `values` elements, and no longer than that.
+    #[inline(always)]
+    pub(super) fn first(self, values: usize) -> Self {
+        let len = self.len.min(values);
+        Self {
+            count: self.count.min(values.div_ceil(len)),
+            len,
+            ..self
+        }
     }
 }
 
@@ -213,10 +230,16 @@ impl Planar {
             channels,
             plane,
             group: adjacent.clamp(1, STRIP.min(channels)),
-            images_per_chunk: (PLANAR_CHUNK / plane).clamp(1, batch),
+            images_per_chunk: Self::chunk_images(batch, PLANAR_CHUNK / plane),
             pieces: plane.div_ceil(piece),
             piece,
         }
+    }
+
+    /// Images of a chunk, at most `most` and at least one: as few as that number of chunks needs, so that the last one, too, has
+    /// nearly as many, and what is fetched in one of them is what the next one reads.
+    fn chunk_images(batch: usize, most: usize) -> usize {
+        batch.div_ceil(batch.div_ceil(most.max(1)))
     }
 
     /// Pieces of nearly one size, at most about `most`, and whole vectors but for the last.

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::coefficients::Table;
-use super::geometry::{Interleaved, Planar};
+use super::geometry::{Interleaved, Runs};
 use super::simd::{LANES, Lanes, Level, blocks};
 use crate::element::Real;
 
@@ -40,18 +40,15 @@ pub(super) trait Terms<P: Real, const M: usize> {
     fn terms(&self, block: Block) -> [Lanes<P>; M];
 }
 
-/// Sums over a chunk of one channel. `U` vectors are added to at once, so that additions need not wait for each other.
+/// Sums over some runs of one channel. `U` vectors are added to at once, so that additions need not wait for each other.
 #[inline(always)]
 pub(super) fn planar_sums<S: Level, P: Real, const M: usize, const U: usize>(
     level: S,
-    planar: &Planar,
-    channel: usize,
-    chunk: usize,
+    runs: Runs,
     terms: &impl Terms<P, M>,
 ) -> [P; M] {
     let mut sums = [[[P::ZERO; LANES]; U]; M];
     let mut rests = [[[P::ZERO; LANES]; 1]; M];
-    let runs = planar.runs(channel, chunk);
     for run in 0..runs.count {
         let start = runs.start(run);
         let mut position = 0;

@@ -13,10 +13,22 @@ use crate::welford::{Weights, Welford};
 
 /// Index of the pivot among a strip's numbers.
 const PIVOT: usize = 0;
-/// Index of a chunk's mean among a strip's numbers.
-const MEAN: usize = 1;
+/// Index of the centre that deviations are taken from.
+const CENTRE: usize = 1;
+/// How many numbers there are.
+const NUMBERS: usize = 2;
+
+/// Values of a channel in NCHW, about, whose mean is the first centre.
+const PLANAR_SAMPLE: usize = 512;
+/// Runs in NHWC whose mean is the first centre.
+const INTERLEAVED_SAMPLE: usize = 8;
 
 /// Mean and variance of x - K in one task, into `partials`.
+///
+/// Each chunk is read once: the sums of x - C and its square give mean and variance, as long as the centre C is near the mean.
+/// It is the mean of what the task has seen before, and of a sample of the first chunk before that. Then the square of
+/// C - mean, which is lost of the sum of squares, is small beside the variance of both together, whatever the values are: where
+/// C is the mean of a share p of some values, it is at most (1 - p) / p times their variance.
 pub(super) struct TaskStatistics<'a, T: Element> {
     pub(super) geometry: &'a Geometry,
     pub(super) task: &'a Task,
@@ -36,44 +48,37 @@ impl<T: Element> Kernel for TaskStatistics<'_, T> {
     }
 }
 
-/// x - K.
-struct Shifted<'a, S, T, C> {
+/// x - C, and its square divided by the number of values, so that nothing overflows before the mean square does. Meanwhile what is
+/// read next is fetched.
+struct Deviations<'a, S, T: Element, C> {
     level: S,
     x: Source<'a, T>,
     coefficients: &'a C,
-}
-
-impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Shifted<'_, S, T, C> {
-    #[inline(always)]
-    fn terms(&self, block: Block) -> [Lanes<T::Param>; 1] {
-        // SAFETY: the geometry's blocks are inside a tensor of its shape, and nothing writes x in these passes.
-        let x = unsafe { self.x.load(self.level, block.at, block.count) };
-        let pivot = self.coefficients.at(PIVOT, block.position);
-        [self.level.sub(x, pivot)]
-    }
-}
-
-/// What the values of a chunk add to its variance: the squares of (x - K) - mean, each divided by the number of values, so
-/// that nothing overflows while the variance fits the type. The values were read just before; meanwhile what is read next is
-/// fetched.
-struct Squares<'a, S, T: Element, C> {
-    shifted: Shifted<'a, S, T, C>,
     /// 1 / number of values.
     share: Lanes<T::Param>,
     /// How far behind a value is the one that is read next in its place.
     ahead: usize,
 }
 
-impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 1> for Squares<'_, S, T, C> {
+impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 2> for Deviations<'_, S, T, C> {
     #[inline(always)]
-    fn terms(&self, block: Block) -> [Lanes<T::Param>; 1] {
-        let Shifted { level, x, coefficients } = self.shifted;
-        x.prefetch(level, block.at.wrapping_add(self.ahead));
-        let [shifted] = self.shifted.terms(block);
-        let mean = coefficients.at(MEAN, block.position);
-        let deviation = level.sub(shifted, mean);
-        [level.mul(level.mul(deviation, self.share), deviation)]
+    fn terms(&self, block: Block) -> [Lanes<T::Param>; 2] {
+        let level = self.level;
+        self.x.prefetch(level, block.at.wrapping_add(self.ahead));
+        // SAFETY: the geometry's blocks are inside a tensor of its shape, and nothing writes x in these passes.
+        let x = unsafe { self.x.load(level, block.at, block.count) };
+        let deviation = level.sub(x, self.coefficients.at(CENTRE, block.position));
+        [deviation, level.mul(level.mul(deviation, self.share), deviation)]
     }
+}
+
+/// Mean and variance of `values` numbers, of the sum of them and of their squares, these divided by their number.
+#[inline(always)]
+fn moments<P: Real>(sum: P, mean_square: P, values: P) -> [P; 2] {
+    let mean = sum / values;
+    let variance = (-mean).mul_add(mean, mean_square);
+    // Not a maximum, which would drop a NaN.
+    [mean, if variance < P::ZERO { P::ZERO } else { variance }]
 }
 
 impl<T: Element> TaskStatistics<'_, T> {
@@ -83,27 +88,31 @@ impl<T: Element> TaskStatistics<'_, T> {
         for channel in channels.clone() {
             // SAFETY: every channel has a first element, and nothing writes x in these passes.
             let pivot = unsafe { pivot(self.x, self.geometry, channel) };
+            let mut centre = pivot;
             let mut state = Welford::EMPTY;
-            for chunk in chunks.clone() {
-                let values = planar.chunk_values(chunk);
-                let shifted = Shifted {
+            // The sample, then the chunks, with one piece of code.
+            for step in 0..=chunks.len() {
+                let chunk = chunks.start + step.saturating_sub(1);
+                let runs = match step {
+                    0 => planar.runs(channel, chunk).first(PLANAR_SAMPLE),
+                    _ => planar.runs(channel, chunk),
+                };
+                let values = T::Param::from_f64(runs.values() as f64);
+                let deviations = Deviations {
                     level,
                     x: self.x,
-                    coefficients: &Uniform([pivot]),
-                };
-                let [sum] = planar_sums::<_, _, 1, 4>(level, planar, channel, chunk, &shifted);
-                let mean = sum / T::Param::from_f64(values as f64);
-                let squares = Squares {
-                    shifted: Shifted {
-                        level,
-                        x: self.x,
-                        coefficients: &Uniform([pivot, mean]),
-                    },
-                    share: splat(T::Param::ONE / T::Param::from_f64(values as f64)),
+                    coefficients: &Uniform([pivot, centre]),
+                    share: splat(T::Param::ONE / values),
                     ahead: planar.ahead(channel, chunk, chunks),
                 };
-                let [variance] = planar_sums::<_, _, 1, 4>(level, planar, channel, chunk, &squares);
-                state = state.push_chunk(values as u64, mean, variance);
+                let [sum, mean_square] = planar_sums::<_, _, 2, 2>(level, runs, &deviations);
+                let [mean, variance] = moments(sum, mean_square, values);
+                let mut seen = mean;
+                if step > 0 {
+                    state = state.push_chunk(runs.values() as u64, (centre - pivot) + mean, variance);
+                    seen = state.mean;
+                }
+                centre = finite_or_zero(pivot + seen);
             }
             let partial = [splat(state.mean), splat(state.variance)];
             // SAFETY: no other task has this channel and part.
@@ -117,18 +126,54 @@ impl<T: Element> TaskStatistics<'_, T> {
     #[inline(always)]
     fn interleaved<S: Level>(&self, level: S, interleaved: &Interleaved) {
         let Task { channels, chunks } = self.task;
-        let mut strip = Table::<T::Param, 2>::new();
+        let mut strip = Table::<T::Param, NUMBERS>::new();
         for (at, count) in blocks(channels.len()) {
             // SAFETY: the first pixel has all channels, and nothing writes x in these passes.
             let first = unsafe { self.x.load(level, channels.start + at, count) };
-            strip.set(PIVOT, at, &lanes(|i| finite_or_zero(first[i])));
+            let pivots = lanes(|i| finite_or_zero(first[i]));
+            strip.set(PIVOT, at, &pivots);
+            strip.set(CENTRE, at, &pivots);
         }
         let mut state = Table::<T::Param, 2>::new();
+        let mut sums = Table::<T::Param, 2>::new();
         let mut counted = 0;
-        for chunk in chunks.clone() {
-            let pixels = interleaved.pixels(&(chunk..chunk + 1));
-            self.push_chunk(level, interleaved, &pixels, &mut strip, &mut state, counted);
-            counted += pixels.len() as u64;
+        // The sample, then the chunks, with one piece of code.
+        for step in 0..=chunks.len() {
+            let chunk = chunks.start + step.saturating_sub(1);
+            let whole = interleaved.pixels(&(chunk..chunk + 1));
+            let pixels = match step {
+                0 => whole.start..whole.end.min(whole.start + INTERLEAVED_SAMPLE * interleaved.repeats()),
+                _ => whole.clone(),
+            };
+            let values = T::Param::from_f64(pixels.len() as f64);
+            strip.repeat(channels.len(), interleaved.repeats());
+            let deviations = Deviations {
+                level,
+                x: self.x,
+                coefficients: &strip,
+                share: splat(T::Param::ONE / values),
+                ahead: interleaved.ahead(&whole),
+            };
+            interleaved_sums::<_, _, 2>(level, interleaved, channels, &pixels, &mut sums, &deviations);
+            let weights = (counted > 0).then(|| Weights::new(counted, pixels.len() as u64));
+            for (at, _) in blocks(channels.len()) {
+                let (pivot, centre) = (strip.at(PIVOT, at), strip.at(CENTRE, at));
+                let (sum, mean_square) = (sums.at(0, at), sums.at(1, at));
+                let mut seen = [[T::Param::ZERO; LANES]; 2];
+                for i in 0..LANES {
+                    let [mean, variance] = moments(sum[i], mean_square[i], values);
+                    [seen[0][i], seen[1][i]] = [(centre[i] - pivot[i]) + mean, variance];
+                }
+                if let Some(weights) = weights {
+                    seen = merge(weights, &[state.at(0, at), state.at(1, at)], &seen);
+                }
+                state.set(0, at, &seen[0]);
+                state.set(1, at, &seen[1]);
+                strip.set(CENTRE, at, &lanes(|i| finite_or_zero(pivot[i] + seen[0][i])));
+            }
+            if step > 0 {
+                counted += pixels.len() as u64;
+            }
         }
         for (at, count) in blocks(channels.len()) {
             let partial = [state.at(0, at), state.at(1, at)];
@@ -137,55 +182,6 @@ impl<T: Element> TaskStatistics<'_, T> {
                 self.partials
                     .store(level, Geometry::part_of(chunks), channels.start + at, count, &partial)
             };
-        }
-    }
-
-    /// Merges the mean and variance of some pixels into `state`, which has `counted` pixels. `strip` has the pivots, and
-    /// room for the mean of the chunk.
-    #[inline(always)]
-    fn push_chunk<S: Level>(
-        &self,
-        level: S,
-        interleaved: &Interleaved,
-        pixels: &Range<usize>,
-        strip: &mut Table<T::Param, 2>,
-        state: &mut Table<T::Param, 2>,
-        counted: u64,
-    ) {
-        let channels = &self.task.channels;
-        let values = T::Param::from_f64(pixels.len() as f64);
-        let mut sums = Table::<T::Param, 1>::new();
-
-        strip.repeat(channels.len(), interleaved.repeats());
-        let shifted = Shifted {
-            level,
-            x: self.x,
-            coefficients: &*strip,
-        };
-        interleaved_sums::<_, _, 1>(level, interleaved, channels, pixels, &mut sums, &shifted);
-        for (at, _) in blocks(channels.len()) {
-            let sum = sums.at(0, at);
-            strip.set(MEAN, at, &lanes(|i| sum[i] / values));
-        }
-        strip.repeat(channels.len(), interleaved.repeats());
-        let squares = Squares {
-            shifted: Shifted {
-                level,
-                x: self.x,
-                coefficients: &*strip,
-            },
-            share: splat(T::Param::ONE / values),
-            ahead: interleaved.ahead(pixels),
-        };
-        interleaved_sums::<_, _, 1>(level, interleaved, channels, pixels, &mut sums, &squares);
-        for (at, _) in blocks(channels.len()) {
-            let mut moments = [strip.at(MEAN, at), sums.at(0, at)];
-            if counted > 0 {
-                let weights = Weights::new(counted, pixels.len() as u64);
-                moments = merge(weights, &[state.at(0, at), state.at(1, at)], &moments);
-            }
-            state.set(0, at, &moments[0]);
-            state.set(1, at, &moments[1]);
         }
     }
 }

@@ -266,13 +266,27 @@ fn same_type<A: Copy + 'static, B: Copy + 'static>(value: A) -> B {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Portable(());
 
+/// What takes a processor many instructions is compiled once, not wherever it is used: it would be most of the library.
 impl Level for Portable {
     #[inline(always)]
+    fn mul_add<P: Real>(self, a: Lanes<P>, b: Lanes<P>, c: Lanes<P>) -> Lanes<P> {
+        #[inline(never)]
+        fn in_software<P: Real>(a: &Lanes<P>, b: &Lanes<P>, c: &Lanes<P>) -> Lanes<P> {
+            lanes(|i| a[i].mul_add(b[i], c[i]))
+        }
+        if cfg!(all(target_arch = "x86_64", not(target_feature = "fma"))) {
+            in_software(&a, &b, &c)
+        } else {
+            lanes(|i| a[i].mul_add(b[i], c[i]))
+        }
+    }
+
+    #[inline(never)]
     fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32> {
         lanes(|i| block[i].to_f32())
     }
 
-    #[inline(always)]
+    #[inline(never)]
     fn narrow_f16(self, lanes: &Lanes<f32>) -> [f16; LANES] {
         lanes.map(f16::from_f32)
     }
