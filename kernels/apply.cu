@@ -24,35 +24,51 @@ struct Arguments {
   Tiling tiling;
 };
 
+// What a thread has under way.
+struct Chunk {
+  Span spans[UNROLL];
+  Pack x[UNROLL], z[UNROLL];
+
+  DEVICE void load(const Arguments& arguments, Walk& walk) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      spans[u] = walk.next();
+      x[u] = load_span<LastUse>(arguments.x, spans[u]);
+      if (HAS_RESIDUAL) z[u] = load_span<LastUse>(arguments.z, spans[u]);
+    }
+  }
+
+  DEVICE void finish(const Arguments& arguments, const Normaliser& normaliser) const {
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      Pack y;
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++)
+        y.lane[e] = forward_epilogue(normaliser.normalised(x[u].lane[e], e), HAS_RESIDUAL ? z[u].lane[e] : Element());
+      store_span(arguments.y, spans[u], y);
+    }
+  }
+};
+
 KERNEL(apply, Arguments, THREADS) {
   const Tiling& tiling = arguments.tiling;
   const Staged staged = {(Real*)shared_memory(), (u32)tiling.strip_channels};
   const Index tasks = number_of_tasks(tiling);
   for (Index number = blockIdx.x; number < tasks; number += gridDim.x) {
     const Task task(tiling, tasks - 1 - number);
+    Walk walk(tiling, task, arguments.x);
+    // Before the strip's numbers, so that one wait is for both.
+    Chunk chunk;
+    chunk.load(arguments, walk);
     for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS)
       staged.put(arguments.normalisation, task, channel);
     block_barrier();
 
-    Walk walk(tiling, task, arguments.x);
     const Normaliser normaliser(staged, tiling, task, walk);
+    chunk.finish(arguments, normaliser);
     while (!walk.done()) {
-      Span spans[UNROLL];
-      Pack x[UNROLL], z[UNROLL];
-#pragma unroll
-      for (int u = 0; u < UNROLL; u++) {
-        spans[u] = walk.next();
-        x[u] = load_span<LastUse>(arguments.x, spans[u]);
-        if (HAS_RESIDUAL) z[u] = load_span<LastUse>(arguments.z, spans[u]);
-      }
-#pragma unroll
-      for (int u = 0; u < UNROLL; u++) {
-        Pack y;
-#pragma unroll
-        for (int e = 0; e < VECTOR; e++)
-          y.lane[e] = forward_epilogue(normaliser.normalised(x[u].lane[e], e), HAS_RESIDUAL ? z[u].lane[e] : Element());
-        store_span(arguments.y, spans[u], y);
-      }
+      chunk.load(arguments, walk);
+      chunk.finish(arguments, normaliser);
     }
 
     const RunningUpdate& update = arguments.update;
@@ -60,8 +76,7 @@ KERNEL(apply, Arguments, THREADS) {
       for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
         const Real momentum = arguments.cumulative ? load_one(arguments.cumulative) : (Real)update.momentum;
         const Index c = task.channel + channel;
-        const Real mean = staged.at(Staged::PIVOT, channel) + staged.at(Staged::MEAN_OFFSET, channel);
-        update.move(c, mean, load_one(arguments.batch_variance + c), momentum);
+        update.move(c, staged.at(Staged::MEAN, channel), load_one(arguments.batch_variance + c), momentum);
       }
       if (task.strip == 0 && threadIdx.x == 0) update.count_batch();
     }

@@ -8,8 +8,8 @@
 // In evaluation the gradient at x does not depend on the sums: where both are wanted, this kernel alone writes dx = g *
 // invstd * weight, and dz = g, beside them (STORES_GRADIENT): T bytes more for each.
 //
-// Called by the launcher of backward passes. One block of THREADS threads per task; shared memory: Staged::ROWS numbers
-// per channel of a strip, then the exchange of reduce.cuh. dx may lie over dy.
+// Called by the launcher of backward passes. One block of THREADS threads per task; shared memory: ROWS numbers per
+// channel of a strip, then the exchange of reduce.cuh. dx may lie over dy.
 #include "epilogue.cuh"
 #include "normalise.cuh"
 #include "reduce.cuh"
@@ -29,14 +29,16 @@ struct Arguments {
   Tiling tiling;
 };
 
+enum { REST = Staged::ROWS, ROWS };
+
 KERNEL(backward_reduce, Arguments, THREADS) {
   const Tiling& tiling = arguments.tiling;
   const Staged staged = {(Real*)shared_memory(), (u32)tiling.strip_channels};
-  u8* const exchange = (u8*)(staged.memory + Staged::ROWS * staged.stride);
+  u8* const exchange = (u8*)(staged.memory + ROWS * staged.stride);
   for (Index number = blockIdx.x; number < number_of_tasks(tiling); number += gridDim.x) {
     const Task task(tiling, number);
     for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS)
-      staged.put(arguments.normalisation, task, channel);
+      staged.at(REST, channel) = staged.put(arguments.normalisation, task, channel);
     block_barrier();
 
     Walk walk(tiling, task, arguments.x);
@@ -79,10 +81,11 @@ KERNEL(backward_reduce, Arguments, THREADS) {
     found.put_down(states);
     reduce_strip(tiling, task, states, exchange, arguments.partials, [&](u32 channel, const Sums& total) {
       const Index c = task.channel + channel;
+      const Real centred = less_rest(total.centred, staged.at(REST, channel), total.gradient);
       store_one(arguments.sum + c, total.gradient);
-      store_one(arguments.sum_centred + c, total.centred);
+      store_one(arguments.sum_centred + c, centred);
       if (arguments.gradients.weight)
-        arguments.gradients.write(c, total.gradient, total.centred, staged.at(Staged::INVSTD, channel));
+        arguments.gradients.write(c, total.gradient, centred, staged.at(Staged::INVSTD, channel));
     });
   }
 }

@@ -194,10 +194,7 @@ DEVICE void block_barrier() { __syncthreads(); }
 // a block_barrier, its block) wrote before is seen by whoever counts later: release, then acquire, in the whole GPU.
 DEVICE u32 arrive(u32* counter) {
   u32 before;
-  asm volatile("{ fence.acq_rel.gpu; atom.add.acq_rel.gpu.global.u32 %0, [%1], 1; fence.acq_rel.gpu; }"
-               : "=r"(before)
-               : "l"(counter)
-               : "memory");
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
 

@@ -28,13 +28,13 @@ struct Arguments {
   Tiling tiling;
 };
 
-enum { MEAN_GRADIENT = Staged::ROWS, SLOPE, ROWS };
+enum { REST = Staged::ROWS, MEAN_GRADIENT, SLOPE, ROWS };
 
 typedef Chip<2, ROWS> BackwardChip;
 
 DEVICE void stage_normalisation(const Arguments& arguments, const Task& task, const Staged& staged) {
   for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS)
-    staged.put(arguments.normalisation, task, channel);
+    staged.at(REST, channel) = staged.put(arguments.normalisation, task, channel);
   block_barrier();
 }
 
@@ -75,10 +75,12 @@ DEVICE void find_sums(const Arguments& arguments, const Task& task, const Backwa
   found.put_down(states);
   reduce_over_team(chip, tiling, task, states, arguments.partials, lap, [&](u32 channel, const Sums& total) {
     const Real values = (Real)arguments.values, invstd = staged.at(Staged::INVSTD, channel);
-    staged.at(MEAN_GRADIENT, channel) = divide_rn(total.gradient, values);
-    staged.at(SLOPE, channel) = slope_of(total.centred, invstd, values);
+    const Real rest = staged.at(REST, channel), centred = less_rest(total.centred, rest, total.gradient);
+    const Real slope = slope_of(centred, invstd, values);
+    staged.at(MEAN_GRADIENT, channel) = less_rest(divide_rn(total.gradient, values), rest, slope);
+    staged.at(SLOPE, channel) = slope;
     if (task.split == 0 && arguments.gradients.weight)
-      arguments.gradients.write(task.channel + channel, total.gradient, total.centred, invstd);
+      arguments.gradients.write(task.channel + channel, total.gradient, centred, invstd);
   });
 }
 
@@ -86,8 +88,7 @@ DEVICE void apply_gradient(const Arguments& arguments, const Task& task, const B
   const Tiling& tiling = arguments.tiling;
   const Staged staged = chip.staged();
   Walk walk(tiling, task, arguments.x);
-  const PerLane pivot(staged, Staged::PIVOT, tiling, task, walk);
-  const PerLane mean_offset(staged, Staged::MEAN_OFFSET, tiling, task, walk);
+  const PerLane mean(staged, Staged::MEAN, tiling, task, walk);
   const PerLane scale(staged, Staged::SCALE, tiling, task, walk);
   const PerLane mean_gradient(staged, MEAN_GRADIENT, tiling, task, walk);
   const PerLane slope(staged, SLOPE, tiling, task, walk);
@@ -105,8 +106,7 @@ DEVICE void apply_gradient(const Arguments& arguments, const Task& task, const B
       Pack dx;
 #pragma unroll
       for (int e = 0; e < VECTOR; e++) {
-        const Real centred = (to_real(x[u].lane[e]) - pivot[e]) - mean_offset[e];
-        const Real shared = fma_rn(centred, slope[e], mean_gradient[e]);
+        const Real shared = fma_rn(to_real(x[u].lane[e]) - mean[e], slope[e], mean_gradient[e]);
         from_real((to_real(g[u].lane[e]) - shared) * scale[e], dx.lane[e]);
       }
       if (arguments.dx) store_span(arguments.dx, spans[u], dx);

@@ -29,7 +29,7 @@ struct Arguments {
   Tiling tiling;
 };
 
-enum { VARIANCE = Staged::ROWS, ROWS };
+enum { PIVOT = Staged::ROWS, MEAN_OFFSET, VARIANCE, ROWS };
 
 typedef Chip<1, ROWS> ForwardChip;
 
@@ -37,7 +37,7 @@ typedef Chip<1, ROWS> ForwardChip;
 DEVICE void stage_parameters(const Arguments& arguments, const Task& task, const Staged& staged) {
   for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
     const Index c = task.channel + channel;
-    staged.at(Staged::PIVOT, channel) = pivot_of(to_real(load_one(arguments.x + c * (Index)arguments.tiling.inner)));
+    staged.at(PIVOT, channel) = pivot_of(to_real(load_one(arguments.x + c * (Index)arguments.tiling.inner)));
     staged.at(Staged::SCALE, channel) = arguments.weight ? load_one(arguments.weight + c) : Real(1);
     staged.at(Staged::SHIFT, channel) = arguments.bias ? load_one(arguments.bias + c) : Real(0);
   }
@@ -48,8 +48,7 @@ DEVICE void find_statistics(const Arguments& arguments, const Task& task, const 
   const Tiling& tiling = arguments.tiling;
   const Staged staged = chip.staged();
   Walk walk(tiling, task, arguments.x);
-  const PerLane pivot(staged, Staged::PIVOT, tiling, task, walk);
-  ThreadStatistics found;
+  ThreadStatistics found(PerLane(staged, PIVOT, tiling, task, walk));
   for_each_chunk(walk, [&](bool full) {
     Span spans[UNROLL];
     Pack x[UNROLL];
@@ -58,7 +57,7 @@ DEVICE void find_statistics(const Arguments& arguments, const Task& task, const 
       spans[u] = walk.next(full);
       x[u] = take(chip.buffer(stage, 0), spans[u]);
     }
-    found.push(x, spans, pivot);
+    found.push(x, spans);
   });
 
   Welford states[LANES];
@@ -66,10 +65,10 @@ DEVICE void find_statistics(const Arguments& arguments, const Task& task, const 
   reduce_over_team(chip, tiling, task, states, arguments.partials, lap, [&](u32 channel, const Welford& total) {
     const Moments moments = total.moments;
     const Real invstd = batch_inverse_deviation(moments.variance, (Real)arguments.eps);
-    staged.at(Staged::MEAN_OFFSET, channel) = moments.mean;
+    staged.at(MEAN_OFFSET, channel) = moments.mean;
     staged.at(VARIANCE, channel) = moments.variance;
-    staged.at(Staged::INVSTD, channel) = invstd;
-    staged.at(Staged::SCALE, channel) = invstd * staged.at(Staged::SCALE, channel);
+    staged.put(channel, Mean(staged.at(PIVOT, channel), moments.mean), invstd, staged.at(Staged::SCALE, channel),
+               staged.at(Staged::SHIFT, channel));
   });
 }
 
@@ -79,13 +78,12 @@ DEVICE void publish(const Arguments& arguments, const Task& task, const Staged& 
   const RunningUpdate& update = arguments.update;
   for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
     const Index c = task.channel + channel;
-    const Real pivot = staged.at(Staged::PIVOT, channel), mean_offset = staged.at(Staged::MEAN_OFFSET, channel);
-    store_one(arguments.pivot + c, pivot);
-    store_one(arguments.mean_offset + c, mean_offset);
+    store_one(arguments.pivot + c, staged.at(PIVOT, channel));
+    store_one(arguments.mean_offset + c, staged.at(MEAN_OFFSET, channel));
     store_one(arguments.invstd + c, staged.at(Staged::INVSTD, channel));
     if (update.mean) {
       const Real momentum = arguments.cumulative ? update.cumulative_factor() : (Real)update.momentum;
-      update.move(c, pivot + mean_offset, staged.at(VARIANCE, channel), momentum);
+      update.move(c, staged.at(Staged::MEAN, channel), staged.at(VARIANCE, channel), momentum);
     }
   }
   if (!update.mean) return;

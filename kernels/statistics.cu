@@ -21,6 +21,8 @@ struct Arguments {
   Tiling tiling;
 };
 
+enum { PIVOT };  // the only row that is staged
+
 KERNEL(statistics, Arguments, THREADS) {
   const Tiling& tiling = arguments.tiling;
   const Staged pivots = {(Real*)shared_memory(), (u32)tiling.strip_channels};
@@ -29,13 +31,12 @@ KERNEL(statistics, Arguments, THREADS) {
     const Task task(tiling, number);
     for (u32 channel = threadIdx.x; channel < task.channels; channel += THREADS) {
       const Index first = (task.channel + channel) * (Index)tiling.inner;
-      pivots.at(Staged::PIVOT, channel) = pivot_of(to_real(load_one(arguments.x + first)));
+      pivots.at(PIVOT, channel) = pivot_of(to_real(load_one(arguments.x + first)));
     }
     block_barrier();
 
     Walk walk(tiling, task, arguments.x);
-    const PerLane pivot(pivots, Staged::PIVOT, tiling, task, walk);
-    ThreadStatistics found;
+    ThreadStatistics found(PerLane(pivots, PIVOT, tiling, task, walk));
     for_each_chunk(walk, [&](bool full) {
       Span spans[UNROLL];
       Pack x[UNROLL];
@@ -44,7 +45,7 @@ KERNEL(statistics, Arguments, THREADS) {
         spans[u] = walk.next(full);
         x[u] = load_span<Cached>(arguments.x, spans[u]);
       }
-      found.push(x, spans, pivot);
+      found.push(x, spans);
     });
 
     Welford states[LANES];
@@ -52,7 +53,7 @@ KERNEL(statistics, Arguments, THREADS) {
     reduce_strip(tiling, task, states, exchange, arguments.partials, [&](u32 channel, const Welford& total) {
       const Index c = task.channel + channel;
       const Real variance = total.moments.variance;
-      store_one(arguments.pivot + c, pivots.at(Staged::PIVOT, channel));
+      store_one(arguments.pivot + c, pivots.at(PIVOT, channel));
       store_one(arguments.mean_offset + c, total.moments.mean);
       store_one(arguments.invstd + c, batch_inverse_deviation(variance, (Real)arguments.eps));
       store_one(arguments.variance + c, variance);

@@ -54,9 +54,9 @@ struct Sums {
 // What one thread learns of them on its way through a task: plain sums of a few vectors, which are then added up with
 // their rounding errors kept.
 struct ThreadSums {
-  // Chunks of UNROLL vectors that go into a plain sum: of no channel more than some 16 values. (A kernel that stores
-  // gradients too has no registers for sums that outlive a chunk.)
-  enum { CHUNKS = LANES == 1 || STORES_GRADIENT ? 1 : 8 };
+  // Chunks of UNROLL vectors that go into a plain sum: 8 or 16 values. (A kernel that stores gradients too has no
+  // registers for sums that outlive a chunk.)
+  enum { CHUNKS = STORES_GRADIENT ? 1 : 8 };
 
   CompensatedSum gradient[LANES], centred[LANES];
   Real plain[VECTOR], plain_centred[VECTOR];

@@ -1,6 +1,6 @@
 // Mean and variance of one channel, in pieces that can be joined (Welford 1962; Chan, Golub and LeVeque 1979).
 //
-// Values enter as differences from the channel's pivot, its first element: so a constant channel has mean 0 and
+// Means are kept as differences from the channel's pivot, its first element: so a constant channel has mean 0 and
 // variance 0 exactly, and a mean that is large for the deviation costs no digits.
 //
 // A thread carries the variance, not the sum of squares, because that overflows long before the variance does.

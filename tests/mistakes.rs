@@ -27,6 +27,8 @@ on_every_device!(
     inverse_deviation_is_taken_for_the_variance,
     every_thread_updates_the_running_statistics,
     mean_1e4_with_deviation_0_1_loses_all_digits,
+    first_values_are_taken_for_typical,
+    gradient_is_that_of_a_rounded_mean,
     constant_channel_of_1e7_is_not_constant,
     deviation_1e17_overflows_the_sum_of_squares,
     relu_turns_nan_into_0,
@@ -285,6 +287,67 @@ fn mean_1e4_with_deviation_0_1_loses_all_digits<B: Device>(device: &B) {
         let greatest = want.iter().fold(0.0f64, |greatest, y| greatest.max(y.abs()));
         for (got, want) in wide(&outcome.y).into_iter().zip(want) {
             approx::assert_abs_diff_eq!(got, want, epsilon = 1e-6 * greatest);
+        }
+    }
+}
+
+/// The mean lies between two numbers of the type, which are as far apart as half of a deviation: no gradient may be taken from
+/// one of them. And dy has a mean, so that the distance is counted once for every value.
+fn gradient_is_that_of_a_rounded_mean<B: Device>(device: &B) {
+    for shape in both_layouts(Shape::nchw(4, 3, 16, 17)) {
+        let mut case = random::<f32>(24, shape, Epilogue::Identity);
+        let mut numbers = Random::new(24);
+        case.x = by_channel(shape, |_| 1e6 + 0.13 * numbers.normal());
+        case.dy = Some(by_channel(shape, |_| 1.0 + numbers.normal()));
+        let outcome = check(device, &case);
+        let want = common::reference(&case).0;
+        for (got, want, digits) in [
+            (wide(&outcome.y), want.y, 1e-6),
+            (wide(&outcome.dx.unwrap()), want.dx, 1e-5),
+            (wide(&outcome.dweight.unwrap()), want.dweight, 1e-4),
+        ] {
+            let want = want.unwrap();
+            let greatest = want.iter().fold(0.0f64, |greatest, value| greatest.max(value.abs()));
+            for (got, want) in got.into_iter().zip(want) {
+                approx::assert_abs_diff_eq!(got, want, epsilon = digits * greatest);
+            }
+        }
+    }
+}
+
+/// Squares of distances from a channel's first value, or from the mean of its first few hundred, say little of the variance where
+/// all the others are far away: what is taken off them leaves no digits.
+fn first_values_are_taken_for_typical<B: Device>(device: &B) {
+    const UNLIKE: f64 = 1e4;
+    // Planes of the second begin anywhere in a vector, and threads of a GPU with vectors that have nothing of theirs.
+    let shapes = [
+        Shape::nchw(5, 3, 65, 67),
+        Shape::nchw(400, 3, 5, 10),
+        Shape::nchw(32, 2, 3, 43),
+    ]
+    .map(both_layouts);
+    for shape in shapes.into_iter().flatten() {
+        let n = shape.values_per_channel().unwrap();
+        for unlike in [1, 8, 300, n / 2] {
+            let mut case = taking_over(random::<f32>(23, shape, Epilogue::Identity)).forward_only();
+            let mut numbers = Random::new(23);
+            case.x = by_channel(shape, |_| numbers.normal());
+            for c in 0..shape.channels {
+                for i in channel_indices(shape, c).take(unlike) {
+                    case.x[i] = UNLIKE as f32;
+                }
+            }
+            let outcome = run(device, &case);
+            for c in 0..shape.channels {
+                let channel: Vec<f64> = channel_indices(shape, c).map(|i| case.x[i].into()).collect();
+                let mean = channel.iter().sum::<f64>() / n as f64;
+                let variance = channel.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1) as f64;
+                let got = f64::from(outcome.state.running_var.as_ref().unwrap()[c]);
+                approx::assert_relative_eq!(got, variance, max_relative = 2e-6);
+                // The mean is found and kept as a distance from the first value, and has the digits of that.
+                let got = f64::from(outcome.state.running_mean.as_ref().unwrap()[c]);
+                approx::assert_abs_diff_eq!(got, mean, epsilon = 2.0 * UNLIKE * f64::from(f32::EPSILON));
+            }
         }
     }
 }

@@ -738,7 +738,7 @@ impl Planner<'_> {
         let is_last = !batch_statistics || self.gradient_outputs() == 0;
         let writes_parameters = problem.parameter_gradients && is_last;
         let kernel = (Kernel::BackwardReduce, problem.epilogue, false);
-        let mut launch = self.launch(kernel, STAGED_NUMBERS, |counts, tensors, tiling| {
+        let mut launch = self.launch(kernel, STAGED_NUMBERS + 1, |counts, tensors, tiling| {
             counts.read_tensors(tensors);
             counts.write_tensors(outputs);
             counts.read_normalisation(tiling, batch_statistics, problem.affine);

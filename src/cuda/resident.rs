@@ -124,25 +124,20 @@ pub(super) struct Candidate {
 struct Keeps {
     /// Tensors.
     tensors: u64,
-    /// Numbers per channel of a strip.
+    /// Numbers per channel of a strip: forward pivot, offset and variance beside what is staged, backward the rest of the mean,
+    /// the mean gradient and the slope.
     numbers: u64,
 }
 
 fn keeps(kernel: Kernel) -> Keeps {
-    match kernel {
-        Kernel::ResidentBackward => Keeps {
-            tensors: 2,
-            numbers: STAGED_NUMBERS + 2,
-        },
-        _ => Keeps {
-            tensors: 1,
-            numbers: STAGED_NUMBERS + 1,
-        },
+    Keeps {
+        tensors: if kernel == Kernel::ResidentBackward { 2 } else { 1 },
+        numbers: STAGED_NUMBERS + 3,
     }
 }
 
 /// Numbers of the parameter type that `kernels/normalise.cuh` stages per channel.
-pub(super) const STAGED_NUMBERS: u64 = 5;
+pub(super) const STAGED_NUMBERS: u64 = 4;
 
 /// Vectors of each tensor that a thread has under way at a time.
 pub(super) fn unroll(tensors_read: u64) -> u32 {
