@@ -105,7 +105,7 @@ impl<T: Element, E: Epilogue<T>> Kernel for Apply<'_, T, E> {
             None
         };
         let order = Order::of(Some(self.elements.y), &[self.elements.x]);
-        visit(self.geometry, self.task, &mut table, aligned, order, &visitor);
+        visit(level, self.geometry, self.task, &mut table, aligned, order, &visitor);
     }
 }
 

@@ -124,9 +124,9 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
                             level,
                             sums: &self,
                             coefficients: &table.uniform(index),
-                            ahead: planar.ahead(channel, chunk, chunks),
+                            ahead: Some(planar.ahead(channel, chunk, chunks)),
                         };
-                        let sums = planar_sums::<_, _, 2, 2>(level, planar.runs(channel, chunk), &terms);
+                        let sums = planar_sums(level, planar.runs(channel, chunk), &terms);
                         total = [total[0] + sums[0], total[1] + sums[1]];
                     }
                     let total = [splat(total[0]), splat(total[1])];
@@ -144,9 +144,9 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
                         level,
                         sums: &self,
                         coefficients: &table,
-                        ahead: interleaved.ahead(&pixels),
+                        ahead: None,
                     };
-                    interleaved_sums::<_, _, 2>(level, interleaved, channels, &pixels, &mut sums, &terms);
+                    interleaved_sums(level, interleaved, channels, &pixels, &mut sums, &terms);
                     for (at, _) in blocks(channels.len()) {
                         total.add(level, 0, at, sums.at(0, at));
                         total.add(level, 1, at, sums.at(1, at));
@@ -162,17 +162,17 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
     }
 }
 
-/// g and g · (x - mean). Meanwhile what is read next of x and dy is fetched: where runs are short for their distance, a machine
+/// g and x - mean. Meanwhile what is read next of x and dy is fetched: where runs are short for their distance, a machine
 /// does not foresee it by itself.
 struct GradientTerms<'a, 'b, S, T: Element, E, C> {
     level: S,
     sums: &'a TaskSums<'b, T, E>,
     coefficients: &'a C,
     /// How far behind a value is the one that is read next in its place.
-    ahead: usize,
+    ahead: Option<usize>,
 }
 
-impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param, 2>
+impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param>
     for GradientTerms<'_, '_, S, T, E, C>
 {
     #[inline(always)]
@@ -183,8 +183,10 @@ impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param
             coefficients,
             ahead,
         } = *self;
-        sums.x.prefetch(level, block.at.wrapping_add(ahead));
-        sums.dy.prefetch(level, block.at.wrapping_add(ahead));
+        if let Some(ahead) = ahead {
+            sums.x.prefetch(level, block.at.wrapping_add(ahead));
+            sums.dy.prefetch(level, block.at.wrapping_add(ahead));
+        }
         // SAFETY: the geometry's blocks are inside tensors of its shape. No other task has this block, so that none writes
         // there, in place or not.
         unsafe {
@@ -192,7 +194,7 @@ impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param
             let dy = sums.dy.load(level, block.at, block.count);
             let x = centred(level, x, coefficients, block.position);
             let gradient = sums.mask.pass(level, block, dy, x, coefficients);
-            [gradient, level.mul(gradient, x)]
+            [gradient, x]
         }
     }
 }
@@ -359,7 +361,7 @@ impl<T: Element, E: Mask<T>> ApplyGradient<'_, T, E> {
         };
         let order = Order::of(elements.dx.or(elements.dz), &[elements.x, elements.dy]);
         let visitor = GradientBlock::<_, _, _, TRAINING> { level, elements };
-        visit(self.geometry, self.task, table, aligned, order, &visitor);
+        visit(level, self.geometry, self.task, table, aligned, order, &visitor);
     }
 }
 

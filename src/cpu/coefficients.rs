@@ -114,6 +114,21 @@ impl<P: Real, const M: usize> Table<P, M> {
     }
 }
 
+impl<P: Real> Table<P, 2> {
+    /// Both coefficients of the positions from `position` on.
+    #[inline(always)]
+    pub(super) fn both(&self, position: usize) -> [Lanes<P>; 2] {
+        [self.at(0, position), self.at(1, position)]
+    }
+
+    /// Sets both.
+    #[inline(always)]
+    pub(super) fn set_both(&mut self, position: usize, [first, second]: &[Lanes<P>; 2]) {
+        self.set(0, position, first);
+        self.set(1, position, second);
+    }
+}
+
 impl<P: Real, const M: usize> Coefficients<P> for Table<P, M> {
     #[inline(always)]
     fn at(&self, index: usize, position: usize) -> Lanes<P> {

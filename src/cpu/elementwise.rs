@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::coefficients::{Coefficients, MEAN, Table};
-use super::geometry::{Geometry, Task};
+use super::coefficients::{Coefficients, MEAN, Table, Uniform};
+use super::geometry::{Geometry, Runs, STRIP, Task};
 use super::memory::{Sink, Source};
 use super::reduce::Block;
 use super::simd::{LANES, Lanes, Level};
@@ -42,9 +42,10 @@ impl Order {
 }
 
 /// Calls `visitor` with every block of a task. `table` has the coefficients of the task's channels, once. Where `aligned` is
-/// given, blocks start where it may be streamed to, but for the first and the last of a run.
+/// given, blocks start where it may be streamed to, but for the first and the last of what is adjacent.
 #[inline(always)]
-pub(super) fn visit<P: Real, T: Element, const M: usize>(
+pub(super) fn visit<S: Level, P: Real, T: Element, const M: usize>(
+    level: S,
     geometry: &Geometry,
     task: &Task,
     table: &mut Table<P, M>,
@@ -56,24 +57,28 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
         Geometry::Planar(planar) => {
             for chunk in task.chunks.clone() {
                 for image in 0..planar.images(chunk) {
-                    let runs = planar.image_runs(&task.channels, chunk, image);
-                    for run in 0..runs.count {
-                        let start = runs.start(run);
-                        let coefficients = table.uniform(run);
-                        let head = head(start, runs.len, aligned);
-                        if head > 0 {
-                            visitor.visit(Block::new(start, 0, head), &coefficients, false);
+                    let planes = planar.image_runs(&task.channels, chunk, image);
+                    if planes.len < LANES {
+                        for plane in 0..planes.count {
+                            let block = Block::new(planes.start(plane), 0, planes.len);
+                            visitor.visit(block, &table.uniform(plane), false);
                         }
-                        let run = start + head..start + runs.len;
-                        visit_blocks(run, usize::MAX, aligned.is_some(), order, visitor, &coefficients);
+                    } else {
+                        visit_planes(level, &planes, table, aligned, order, visitor);
                     }
                 }
             }
         }
         Geometry::Interleaved(interleaved) => {
-            let period = task.channels.len() * interleaved.repeats();
-            table.repeat(task.channels.len(), interleaved.repeats());
             let runs = interleaved.rows(&task.channels, &task.chunks);
+            // As often as there is room: where a stretch of coefficients ends, the next has to be found.
+            let repeats = if runs.count == 1 {
+                STRIP / task.channels.len()
+            } else {
+                1
+            };
+            let period = task.channels.len() * repeats;
+            table.repeat(task.channels.len(), repeats);
             // Of several runs, each starts a stride behind the one before: in the same place of a line, or none is streamed.
             let aligned = aligned.filter(|sink| {
                 runs.count == 1 || sink.until_aligned(runs.start(0)) == sink.until_aligned(runs.start(1))
@@ -91,6 +96,85 @@ pub(super) fn visit<P: Real, T: Element, const M: usize>(
                 visit_blocks(run, period, aligned.is_some(), order, visitor, table);
             }
         }
+    }
+}
+
+/// Visits planes of a vector at least, each behind the one before (or only one). Most planes do not end where a vector does: the
+/// vector that has the end of one and the start of the next is visited as a whole, since two parts of it would take as long as
+/// several vectors, and could not be streamed.
+#[inline(always)]
+fn visit_planes<S: Level, P: Real, T: Element, const M: usize>(
+    level: S,
+    planes: &Runs,
+    table: &Table<P, M>,
+    aligned: Option<Sink<'_, T>>,
+    order: Order,
+    visitor: &impl Visitor<P>,
+) {
+    debug_assert!(planes.count == 1 || planes.start(1) == planes.start(0) + planes.len);
+    let start = planes.start(0);
+    let head = head(start, planes.len, aligned);
+    if head > 0 {
+        visitor.visit(Block::new(start, 0, head), &table.uniform(0), false);
+    }
+    let start = start + head;
+    let aligned = aligned.is_some();
+    for step in 0..planes.count {
+        // What is visited of a plane is the vector that it shares with the plane visited before, and those of its own.
+        let (plane, shared) = match order {
+            Order::Ascending => (step, step),
+            Order::Descending => (planes.count - 1 - step, planes.count - step),
+        };
+        let (vector, before) = border(planes, head, shared);
+        if step > 0 && before > 0 {
+            let both = Border {
+                level,
+                planes: [table.uniform(shared - 1), table.uniform(shared)],
+                before,
+            };
+            visitor.visit(Block::new(start + vector * LANES, 0, LANES), &both, aligned);
+        }
+        let (first, before) = border(planes, head, plane);
+        let first = first + usize::from(before > 0);
+        let (end, _) = border(planes, head, plane + 1);
+        let coefficients = table.uniform(plane);
+        let (mut vector, forward) = match order {
+            Order::Ascending => (first, true),
+            Order::Descending => (end.wrapping_sub(1), false),
+        };
+        for _ in first..end {
+            visitor.visit(Block::new(start + vector * LANES, 0, LANES), &coefficients, aligned);
+            vector = if forward { vector + 1 } else { vector.wrapping_sub(1) };
+        }
+    }
+    let (end, rest) = border(planes, head, planes.count);
+    if rest > 0 {
+        let block = Block::new(start + end * LANES, 0, rest);
+        visitor.visit(block, &table.uniform(planes.count - 1), false);
+    }
+}
+
+/// Where a plane begins, or the last one ends: so many vectors and elements behind the first vector, which comes behind a head.
+#[inline(always)]
+fn border(planes: &Runs, head: usize, plane: usize) -> (usize, usize) {
+    let elements = (plane * planes.len).saturating_sub(head);
+    (elements / LANES, elements % LANES)
+}
+
+/// The last values of one plane and the first of the next.
+struct Border<S, P, const M: usize> {
+    level: S,
+    planes: [Uniform<P, M>; 2],
+    /// How many values are of the first plane.
+    before: usize,
+}
+
+impl<S: Level, P: Real, const M: usize> Coefficients<P> for Border<S, P, M> {
+    #[inline(always)]
+    fn at(&self, index: usize, position: usize) -> Lanes<P> {
+        let [first, second] = &self.planes;
+        self.level
+            .join(first.at(index, position), second.at(index, position), self.before)
     }
 }
 

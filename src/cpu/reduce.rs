@@ -1,14 +1,15 @@
 //! Sums over the values of a channel, several at once, always in the same order.
 //!
-//! Terms are added in three levels, so that no partial sum takes up more than a few dozen of them one after another and
-//! rounding errors stay near those of pairwise summation (Higham 1993, *The accuracy of floating point summation*): into
-//! the lanes of a chunk, chunk upon chunk within a part, and parts pairwise ([`pairwise`]).
+//! Terms are added in levels, so that no partial sum takes up more than about a hundred of them one after another and rounding
+//! errors stay near those of pairwise summation (Higham 1993, *The accuracy of floating point summation*): a few to each other,
+//! these into the lanes of a chain, chains into the lanes of a chunk, chunk upon chunk within a part, and parts pairwise
+//! ([`pairwise`]).
 
 use std::ops::Range;
 
 use super::coefficients::Table;
-use super::geometry::{Interleaved, Runs};
-use super::simd::{LANES, Lanes, Level, blocks};
+use super::geometry::{Interleaved, Runs, STREAMS};
+use super::simd::{LANES, Lanes, Level, blocks, splat};
 use crate::element::Real;
 
 /// Some adjacent values of a run, not more than [`LANES`].
@@ -34,96 +35,204 @@ impl Block {
     }
 }
 
-/// What is added up.
-pub(super) trait Terms<P: Real, const M: usize> {
-    /// What the values of a block add to each of `M` sums. Lanes beyond its count are ignored.
-    fn terms(&self, block: Block) -> [Lanes<P>; M];
+/// What is added up: of two numbers a and b for each value, Σ a and Σ a · b, each product added with one rounding.
+pub(super) trait Terms<P: Real> {
+    /// a and b of the values of a block, b finite if its sum can be. Lanes beyond the block's count are ignored.
+    fn terms(&self, block: Block) -> [Lanes<P>; 2];
 }
 
-/// Sums over some runs of one channel. `U` vectors are added to at once, so that additions need not wait for each other.
+/// a without the lanes before the last `count`, which are fewer than all.
 #[inline(always)]
-pub(super) fn planar_sums<S: Level, P: Real, const M: usize, const U: usize>(
-    level: S,
-    runs: Runs,
-    terms: &impl Terms<P, M>,
-) -> [P; M] {
-    let mut sums = [[[P::ZERO; LANES]; U]; M];
-    let mut rests = [[[P::ZERO; LANES]; 1]; M];
-    for run in 0..runs.count {
-        let start = runs.start(run);
-        let mut position = 0;
-        while position + U * LANES <= runs.len {
-            for vector in 0..U {
-                let block = Block::new(start, position + vector * LANES, LANES);
-                add_block(level, &mut sums, vector, block, terms);
-            }
-            position += U * LANES;
+fn last<S: Level, P: Real>(level: S, [a, b]: [Lanes<P>; 2], count: usize) -> [Lanes<P>; 2] {
+    [level.join(splat(P::ZERO), a, LANES - count), b]
+}
+
+/// Both sums, lane by lane.
+type Sums<P> = [Lanes<P>; 2];
+
+/// Adds a and a · b.
+#[inline(always)]
+fn add<S: Level, P: Real>(level: S, sums: &mut Sums<P>, [a, b]: [Lanes<P>; 2]) {
+    sums[0] = level.add(sums[0], a);
+    sums[1] = level.mul_add(a, b, sums[1]);
+}
+
+/// a without the lanes beyond `count`.
+#[inline(always)]
+fn first<S: Level, P: Real>(level: S, [a, b]: [Lanes<P>; 2], count: usize) -> [Lanes<P>; 2] {
+    if count == LANES {
+        [a, b]
+    } else {
+        [level.join(a, splat(P::ZERO), count), b]
+    }
+}
+
+/// Sums over some runs of one channel.
+#[inline(always)]
+pub(super) fn planar_sums<S: Level, P: Real>(level: S, runs: Runs, terms: &impl Terms<P>) -> [P; 2] {
+    let mut sums = ChainedSums::new();
+    if runs.len < LANES {
+        for run in 0..runs.count {
+            let block = Block::new(runs.start(run), 0, runs.len);
+            add(level, &mut sums.chain, first(level, terms.terms(block), runs.len));
+            sums.end_after(level, 1);
         }
+        return sums.total(level);
+    }
+    let side_by_side = runs.count / STREAMS;
+    for run in 0..side_by_side {
+        let starts = streams(&runs, run, side_by_side);
+        let mut position = 0;
         while position + LANES <= runs.len {
-            add_block(level, &mut rests, 0, Block::new(start, position, LANES), terms);
-            position += LANES;
+            let (from, end) = (position, runs.len.min(position + CHAIN * LANES));
+            while position + LANES <= end {
+                add_streams::<_, _, true>(level, &mut sums.chain, starts, position, LANES, terms);
+                position += LANES;
+            }
+            sums.end_after(level, (position - from) / LANES);
         }
         if position < runs.len {
-            let rest = Block::new(start, position, runs.len - position);
-            add_block(level, &mut rests, 0, rest, terms);
+            let (last, count) = (runs.len - LANES, runs.len - position);
+            add_streams::<_, _, false>(level, &mut sums.chain, starts, last, count, terms);
         }
     }
-    let mut totals = [P::ZERO; M];
-    for ((total, vectors), rest) in totals.iter_mut().zip(&sums).zip(&rests) {
-        *total = sum_of_lanes(level, vectors) + sum_of_lanes(level, rest);
+    for run in side_by_side * STREAMS..runs.count {
+        let start = runs.start(run);
+        let mut position = 0;
+        while position + LANES <= runs.len {
+            let (from, end) = (position, runs.len.min(position + CHAIN * LANES));
+            while position + LANES <= end {
+                add(level, &mut sums.chain, terms.terms(Block::new(start, position, LANES)));
+                position += LANES;
+            }
+            sums.end_after(level, (position - from) / LANES);
+        }
+        if position < runs.len {
+            let block = Block::new(start, runs.len - LANES, LANES);
+            add(
+                level,
+                &mut sums.chain,
+                last(level, terms.terms(block), runs.len - position),
+            );
+        }
     }
-    totals
+    sums.total(level)
 }
 
-/// Adds the values of a block to one vector of each sum.
+/// Additions one after another to one sum, about.
+const CHAIN: usize = 64;
+
+/// Sums of a chain of additions, and of the chains before it.
+struct ChainedSums<P> {
+    chain: Sums<P>,
+    before: Sums<P>,
+    added: usize,
+}
+
+impl<P: Real> ChainedSums<P> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self {
+            chain: [[P::ZERO; LANES]; 2],
+            before: [[P::ZERO; LANES]; 2],
+            added: 0,
+        }
+    }
+
+    /// Counts additions to the chain, and ends it if it has become long.
+    #[inline(always)]
+    fn end_after<S: Level>(&mut self, level: S, additions: usize) {
+        self.added += additions;
+        if self.added >= CHAIN / 2 {
+            for (before, chain) in self.before.iter_mut().zip(&mut self.chain) {
+                *before = level.add(*before, *chain);
+                *chain = [P::ZERO; LANES];
+            }
+            self.added = 0;
+        }
+    }
+
+    #[inline(always)]
+    fn total<S: Level>(&self, level: S) -> [P; 2] {
+        let mut totals = [P::ZERO; 2];
+        for (total, (before, chain)) in totals.iter_mut().zip(self.before.iter().zip(&self.chain)) {
+            *total = sum_of_lanes(level.add(*before, *chain));
+        }
+        totals
+    }
+}
+
+/// Where runs begin that are summed up side by side: far from each other, so that each is a stream of its own.
 #[inline(always)]
-fn add_block<S: Level, P: Real, const M: usize, const U: usize>(
+fn streams(runs: &Runs, run: usize, distance: usize) -> [usize; STREAMS] {
+    let mut starts = [0; STREAMS];
+    for (stream, start) in starts.iter_mut().enumerate() {
+        *start = runs.start(run + stream * distance);
+    }
+    starts
+}
+
+/// Adds a vector from a position on of each of several runs: all of it if it is `WHOLE`, else its last `count` values. They are
+/// added to each other before they are added to the sum, which shortens the chain of additions that wait for each other, and of
+/// their rounding errors.
+#[inline(always)]
+fn add_streams<S: Level, P: Real, const WHOLE: bool>(
     level: S,
-    sums: &mut [[Lanes<P>; U]; M],
-    vector: usize,
-    block: Block,
-    terms: &impl Terms<P, M>,
+    sums: &mut Sums<P>,
+    starts: [usize; STREAMS],
+    position: usize,
+    count: usize,
+    terms: &impl Terms<P>,
 ) {
-    let added = terms.terms(block);
-    for (sum, added) in sums.iter_mut().zip(&added) {
-        sum[vector] = level.add(sum[vector], first(level, *added, block.count));
+    let mut pairs = [[[P::ZERO; LANES]; 2]; STREAMS / 2];
+    for (stream, start) in starts.into_iter().enumerate() {
+        let mut added = terms.terms(Block::new(start, position, LANES));
+        if !WHOLE {
+            added = last(level, added, count);
+        }
+        let pair = &mut pairs[stream / 2];
+        if stream % 2 == 0 {
+            let [a, b] = added;
+            *pair = [a, level.mul(a, b)];
+        } else {
+            add(level, pair, added);
+        }
+    }
+    for (sum, total) in sums.iter_mut().enumerate() {
+        *total = level.add(*total, level.add(pairs[0][sum], pairs[1][sum]));
     }
 }
 
-/// Sums over some pixels for each channel of a strip, at the strip's positions in `sums`, which is overwritten. In the order of
-/// memory, four runs side by side: they are added pair to pair before they are added to the sum, which shortens the chain of
-/// additions that wait for each other, and of their rounding errors, and has sums fetched once for four values.
+/// Sums over some pixels for each channel of a strip, at the strip's positions in `sums`, which is overwritten. Of runs side by
+/// side, sums are fetched once for several values.
 #[inline(always)]
-pub(super) fn interleaved_sums<S: Level, P: Real, const M: usize>(
+pub(super) fn interleaved_sums<S: Level, P: Real>(
     level: S,
     interleaved: &Interleaved,
     channels: &Range<usize>,
     pixels: &Range<usize>,
-    sums: &mut Table<P, M>,
-    terms: &impl Terms<P, M>,
+    sums: &mut Table<P, 2>,
+    terms: &impl Terms<P>,
 ) {
     *sums = Table::new();
     let runs = interleaved.full_runs(channels, pixels);
-    let (full, rest) = (runs.len / LANES * LANES, runs.len % LANES);
-    let fours = runs.count / 4;
-    for four in 0..fours {
-        let run = four * 4;
-        let starts = [
-            runs.start(run),
-            runs.start(run + 1),
-            runs.start(run + 2),
-            runs.start(run + 3),
-        ];
+    let side_by_side = runs.count / STREAMS;
+    for run in 0..side_by_side {
+        let starts = streams(&runs, run, side_by_side);
         let mut position = 0;
-        while position < full {
-            add_four(level, starts, position, LANES, sums, terms);
+        while position + LANES <= runs.len {
+            let mut sum = sums.both(position);
+            add_streams::<_, _, true>(level, &mut sum, starts, position, LANES, terms);
+            sums.set_both(position, &sum);
             position += LANES;
         }
-        if rest > 0 {
-            add_four(level, starts, full, rest, sums, terms);
+        if position < runs.len {
+            for start in starts {
+                add_block(level, Block::new(start, position, runs.len - position), sums, terms);
+            }
         }
     }
-    for run in fours * 4..runs.count {
+    for run in side_by_side * STREAMS..runs.count {
         add_run(level, runs.start(run), runs.len, sums, terms);
     }
     let last = interleaved.last_run(channels, pixels);
@@ -133,41 +242,20 @@ pub(super) fn interleaved_sums<S: Level, P: Real, const M: usize>(
     sums.fold(channels.len(), interleaved.repeats());
 }
 
-/// Adds `count` values from a position on of each of four runs.
+/// Adds a run.
 #[inline(always)]
-fn add_four<S: Level, P: Real, const M: usize>(
-    level: S,
-    starts: [usize; 4],
-    position: usize,
-    count: usize,
-    sums: &mut Table<P, M>,
-    terms: &impl Terms<P, M>,
-) {
-    let a = terms.terms(Block::new(starts[0], position, count));
-    let b = terms.terms(Block::new(starts[1], position, count));
-    let c = terms.terms(Block::new(starts[2], position, count));
-    let d = terms.terms(Block::new(starts[3], position, count));
-    for sum in 0..M {
-        let added = level.add(level.add(a[sum], b[sum]), level.add(c[sum], d[sum]));
-        sums.add(level, sum, position, first(level, added, count));
+fn add_run<S: Level, P: Real>(level: S, start: usize, len: usize, sums: &mut Table<P, 2>, terms: &impl Terms<P>) {
+    for (position, count) in blocks(len) {
+        add_block(level, Block::new(start, position, count), sums, terms);
     }
 }
 
-/// Adds a run.
+/// Adds a block of a run.
 #[inline(always)]
-fn add_run<S: Level, P: Real, const M: usize>(
-    level: S,
-    start: usize,
-    len: usize,
-    sums: &mut Table<P, M>,
-    terms: &impl Terms<P, M>,
-) {
-    for (position, count) in blocks(len) {
-        let added = terms.terms(Block::new(start, position, count));
-        for (sum, added) in added.iter().enumerate() {
-            sums.add(level, sum, position, first(level, *added, count));
-        }
-    }
+fn add_block<S: Level, P: Real>(level: S, block: Block, sums: &mut Table<P, 2>, terms: &impl Terms<P>) {
+    let mut sum = sums.both(block.position);
+    add(level, &mut sum, first(level, terms.terms(block), block.count));
+    sums.set_both(block.position, &sum);
 }
 
 /// What is joined in pairs.
@@ -207,28 +295,9 @@ pub(super) fn pairwise<R: Tree>(tree: &R, count: usize) -> R::Node {
     joined.expect("at least one leaf")
 }
 
-/// The first `count` lanes, the others zero.
+/// The sum of all lanes, halves with halves.
 #[inline(always)]
-fn first<S: Level, P: Real>(level: S, values: Lanes<P>, count: usize) -> Lanes<P> {
-    if count == LANES {
-        values
-    } else {
-        level.first(values, count)
-    }
-}
-
-/// The sum of all lanes of all vectors, halves with halves.
-#[inline(always)]
-fn sum_of_lanes<S: Level, P: Real, const U: usize>(level: S, vectors: &[Lanes<P>; U]) -> P {
-    let mut sum = *vectors;
-    let mut width = U;
-    while width > 1 {
-        width /= 2;
-        for vector in 0..width {
-            sum[vector] = level.add(sum[vector], sum[vector + width]);
-        }
-    }
-    let mut sum = sum[0];
+fn sum_of_lanes<P: Real>(mut sum: Lanes<P>) -> P {
     let mut width = LANES;
     while width > 1 {
         width /= 2;

@@ -18,17 +18,21 @@ const CENTRE: usize = 1;
 /// How many numbers there are.
 const NUMBERS: usize = 2;
 
-/// Values of a channel in NCHW, about, whose mean is the first centre.
-const PLANAR_SAMPLE: usize = 512;
+/// Values of a channel in NCHW, at most, whose mean is the first centre.
+const PLANAR_SAMPLE: usize = 128;
 /// Runs in NHWC whose mean is the first centre.
 const INTERLEAVED_SAMPLE: usize = 8;
+/// The first chunk is summed up again if the square of C - mean is more than so many times its variance: the sample was unlike it.
+/// Two bits may be lost, and no more.
+const UNLIKE: f64 = 4.0;
 
 /// Mean and variance of x - K in one task, into `partials`.
 ///
-/// Each chunk is read once: the sums of x - C and its square give mean and variance, as long as the centre C is near the mean.
-/// It is the mean of what the task has seen before, and of a sample of the first chunk before that. Then the square of
-/// C - mean, which is lost of the sum of squares, is small beside the variance of both together, whatever the values are: where
-/// C is the mean of a share p of some values, it is at most (1 - p) / p times their variance.
+/// Each chunk is read once: the sums of x - C and its square give mean and variance, as long as the square of C - mean, which is
+/// lost of the sum of squares, is not large beside the variance. The centre C is the mean of what the task has seen before; before
+/// that, of a sample of the first chunk, and if that turns out to be unlike the chunk, of the chunk. Where a later chunk is far
+/// from what came before, then so is the variance of both together large: with C the mean of a share p of all values so far, at
+/// least p / (1 - p) times that square.
 pub(super) struct TaskStatistics<'a, T: Element> {
     pub(super) geometry: &'a Geometry,
     pub(super) task: &'a Task,
@@ -48,8 +52,8 @@ impl<T: Element> Kernel for TaskStatistics<'_, T> {
     }
 }
 
-/// x - C, and its square divided by the number of values, so that nothing overflows before the mean square does. Meanwhile what is
-/// read next is fetched.
+/// x - C, and the same divided by the number of values, so that no sum of their products overflows before the mean square does.
+/// Meanwhile what is read next is fetched.
 struct Deviations<'a, S, T: Element, C> {
     level: S,
     x: Source<'a, T>,
@@ -57,18 +61,20 @@ struct Deviations<'a, S, T: Element, C> {
     /// 1 / number of values.
     share: Lanes<T::Param>,
     /// How far behind a value is the one that is read next in its place.
-    ahead: usize,
+    ahead: Option<usize>,
 }
 
-impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param, 2> for Deviations<'_, S, T, C> {
+impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param> for Deviations<'_, S, T, C> {
     #[inline(always)]
     fn terms(&self, block: Block) -> [Lanes<T::Param>; 2] {
         let level = self.level;
-        self.x.prefetch(level, block.at.wrapping_add(self.ahead));
+        if let Some(ahead) = self.ahead {
+            self.x.prefetch(level, block.at.wrapping_add(ahead));
+        }
         // SAFETY: the geometry's blocks are inside a tensor of its shape, and nothing writes x in these passes.
         let x = unsafe { self.x.load(level, block.at, block.count) };
         let deviation = level.sub(x, self.coefficients.at(CENTRE, block.position));
-        [deviation, level.mul(level.mul(deviation, self.share), deviation)]
+        [deviation, level.mul(deviation, self.share)]
     }
 }
 
@@ -81,6 +87,23 @@ fn moments<P: Real>(sum: P, mean_square: P, values: P) -> [P; 2] {
     [mean, if variance < P::ZERO { P::ZERO } else { variance }]
 }
 
+/// Whether a centre whose distance from the mean is `mean` takes too many digits from the variance.
+#[inline(always)]
+fn unlike<P: Real>(mean: P, variance: P) -> bool {
+    mean * mean > P::from_f64(UNLIKE) * variance
+}
+
+/// What is summed up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The sample.
+    Sample,
+    /// The first chunk, about the mean of the sample.
+    First,
+    /// A chunk, about the mean of what was summed up before.
+    Next,
+}
+
 impl<T: Element> TaskStatistics<'_, T> {
     #[inline(always)]
     fn planar<S: Level>(&self, level: S, planar: &Planar) {
@@ -90,12 +113,14 @@ impl<T: Element> TaskStatistics<'_, T> {
             let pivot = unsafe { pivot(self.x, self.geometry, channel) };
             let mut centre = pivot;
             let mut state = Welford::EMPTY;
-            // The sample, then the chunks, with one piece of code.
-            for step in 0..=chunks.len() {
-                let chunk = chunks.start + step.saturating_sub(1);
-                let runs = match step {
-                    0 => planar.runs(channel, chunk).first(PLANAR_SAMPLE),
-                    _ => planar.runs(channel, chunk),
+            let mut chunk = chunks.start;
+            let mut stage = Stage::Sample;
+            // All stages with one piece of code.
+            while chunk < chunks.end {
+                let whole = planar.runs(channel, chunk);
+                let runs = match stage {
+                    Stage::Sample => whole.sample(PLANAR_SAMPLE),
+                    Stage::First | Stage::Next => whole,
                 };
                 let values = T::Param::from_f64(runs.values() as f64);
                 let deviations = Deviations {
@@ -103,16 +128,23 @@ impl<T: Element> TaskStatistics<'_, T> {
                     x: self.x,
                     coefficients: &Uniform([pivot, centre]),
                     share: splat(T::Param::ONE / values),
-                    ahead: planar.ahead(channel, chunk, chunks),
+                    ahead: Some(planar.ahead(channel, chunk, chunks)),
                 };
-                let [sum, mean_square] = planar_sums::<_, _, 2, 2>(level, runs, &deviations);
+                let [sum, mean_square] = planar_sums(level, runs, &deviations);
                 let [mean, variance] = moments(sum, mean_square, values);
-                let mut seen = mean;
-                if step > 0 {
-                    state = state.push_chunk(runs.values() as u64, (centre - pivot) + mean, variance);
-                    seen = state.mean;
+                stage = match stage {
+                    Stage::Sample => Stage::First,
+                    Stage::First if unlike(mean, variance) => Stage::Next,
+                    Stage::First | Stage::Next => {
+                        state = state.push_chunk(runs.values() as u64, (centre - pivot) + mean, variance);
+                        centre = finite_or_zero(pivot + state.mean);
+                        chunk += 1;
+                        Stage::Next
+                    }
+                };
+                if state.count == 0 {
+                    centre = finite_or_zero(centre + mean);
                 }
-                centre = finite_or_zero(pivot + seen);
             }
             let partial = [splat(state.mean), splat(state.variance)];
             // SAFETY: no other task has this channel and part.
@@ -137,14 +169,15 @@ impl<T: Element> TaskStatistics<'_, T> {
         let mut state = Table::<T::Param, 2>::new();
         let mut sums = Table::<T::Param, 2>::new();
         let mut counted = 0;
-        // The sample, then the chunks, with one piece of code.
-        for step in 0..=chunks.len() {
-            let chunk = chunks.start + step.saturating_sub(1);
-            let whole = interleaved.pixels(&(chunk..chunk + 1));
-            let pixels = match step {
-                0 => whole.start..whole.end.min(whole.start + INTERLEAVED_SAMPLE * interleaved.repeats()),
-                _ => whole.clone(),
-            };
+        let mut chunk = chunks.start;
+        let mut stage = Stage::Sample;
+        // All stages with one piece of code.
+        while chunk < chunks.end {
+            let mut pixels = interleaved.pixels(&(chunk..chunk + 1));
+            if stage == Stage::Sample {
+                let sample = INTERLEAVED_SAMPLE * interleaved.repeats();
+                pixels.end = pixels.end.min(pixels.start + sample);
+            }
             let values = T::Param::from_f64(pixels.len() as f64);
             strip.repeat(channels.len(), interleaved.repeats());
             let deviations = Deviations {
@@ -152,28 +185,39 @@ impl<T: Element> TaskStatistics<'_, T> {
                 x: self.x,
                 coefficients: &strip,
                 share: splat(T::Param::ONE / values),
-                ahead: interleaved.ahead(&whole),
+                ahead: None,
             };
-            interleaved_sums::<_, _, 2>(level, interleaved, channels, &pixels, &mut sums, &deviations);
+            interleaved_sums(level, interleaved, channels, &pixels, &mut sums, &deviations);
             let weights = (counted > 0).then(|| Weights::new(counted, pixels.len() as u64));
+            let mut any_unlike = false;
             for (at, _) in blocks(channels.len()) {
                 let (pivot, centre) = (strip.at(PIVOT, at), strip.at(CENTRE, at));
-                let (sum, mean_square) = (sums.at(0, at), sums.at(1, at));
+                let [sum, mean_square] = sums.both(at);
                 let mut seen = [[T::Param::ZERO; LANES]; 2];
                 for i in 0..LANES {
                     let [mean, variance] = moments(sum[i], mean_square[i], values);
                     [seen[0][i], seen[1][i]] = [(centre[i] - pivot[i]) + mean, variance];
                 }
-                if let Some(weights) = weights {
-                    seen = merge(weights, &[state.at(0, at), state.at(1, at)], &seen);
+                if stage == Stage::First {
+                    for i in 0..LANES {
+                        any_unlike |= unlike(sum[i] / values, seen[1][i]);
+                    }
                 }
-                state.set(0, at, &seen[0]);
-                state.set(1, at, &seen[1]);
+                if let Some(weights) = weights {
+                    seen = merge(weights, &state.both(at), &seen);
+                }
+                state.set_both(at, &seen);
                 strip.set(CENTRE, at, &lanes(|i| finite_or_zero(pivot[i] + seen[0][i])));
             }
-            if step > 0 {
-                counted += pixels.len() as u64;
-            }
+            stage = match stage {
+                Stage::Sample => Stage::First,
+                Stage::First if any_unlike => Stage::Next,
+                Stage::First | Stage::Next => {
+                    counted += pixels.len() as u64;
+                    chunk += 1;
+                    Stage::Next
+                }
+            };
         }
         for (at, count) in blocks(channels.len()) {
             let partial = [state.at(0, at), state.at(1, at)];

@@ -30,6 +30,8 @@ fn shapes() -> Vec<Shape> {
         Shape::nchw(3, 5, 7, 7),
         Shape::nchw(2, 300, 2, 2),
         Shape::nchw(40, 2, 14, 14),
+        Shape::nchw(6, 3, 9, 9),
+        Shape::nchw(5, 2, 80, 81),
         Shape::nchw(2, 2, 70, 71),
         Shape::nchw(1, 1, 257, 301),
     ];
@@ -146,14 +148,60 @@ fn tasks_have_every_element_once_with_its_channel() {
     }
 }
 
-/// Notes which elements it is shown, each with its coefficient.
-struct Recorder(RefCell<Vec<(usize, f32)>>);
+/// Notes which elements it is shown, each with its coefficient, and where aligned blocks begin.
+#[derive(Default)]
+struct Recorder {
+    shown: RefCell<Vec<(usize, f32)>>,
+    aligned: RefCell<Vec<usize>>,
+}
 
 impl Visitor<f32> for Recorder {
-    fn visit(&self, block: Block, coefficients: &impl Coefficients<f32>, _aligned: bool) {
+    fn visit(&self, block: Block, coefficients: &impl Coefficients<f32>, aligned: bool) {
         let values = coefficients.at(0, block.position);
         let shown = (0..block.count).map(|lane| (block.at + lane, values[lane]));
-        self.0.borrow_mut().extend(shown);
+        self.shown.borrow_mut().extend(shown);
+        if aligned {
+            assert_eq!(block.count, LANES);
+            self.aligned.borrow_mut().push(block.at);
+        }
+    }
+}
+
+/// Visits all tasks, each channel's number being its coefficient.
+struct VisitAll<'a> {
+    geometry: &'a Geometry,
+    aligned: Option<Sink<'a, f32>>,
+    order: Order,
+    recorder: &'a Recorder,
+}
+
+impl Kernel for VisitAll<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Level>(self, level: S) {
+        for part in 0..self.geometry.parts() {
+            for group in 0..self.geometry.groups() {
+                let task = Task {
+                    channels: self.geometry.group(group),
+                    chunks: self.geometry.part(part),
+                };
+                let mut table = Table::<f32, 1>::new();
+                for (at, _) in blocks(task.channels.len()) {
+                    let channel = |lane: usize| (task.channels.start + at + lane) as f32;
+                    table.set(0, at, &std::array::from_fn(channel));
+                }
+                visit(
+                    level,
+                    self.geometry,
+                    &task,
+                    &mut table,
+                    self.aligned,
+                    self.order,
+                    self.recorder,
+                );
+            }
+        }
     }
 }
 
@@ -163,25 +211,27 @@ fn both_orders_visit_every_element_with_its_channel() {
         let expected: Vec<(usize, f32)> = (0..len(shape))
             .map(|index| (index, channel_of(shape, index) as f32))
             .collect();
-        for order in [Order::Ascending, Order::Descending] {
-            let recorder = Recorder(RefCell::default());
-            for part in 0..geometry.parts() {
-                for group in 0..geometry.groups() {
-                    let task = Task {
-                        channels: geometry.group(group),
-                        chunks: geometry.part(part),
-                    };
-                    let mut table = Table::<f32, 1>::new();
-                    for (at, _) in blocks(task.channels.len()) {
-                        let channel = |lane: usize| (task.channels.start + at + lane) as f32;
-                        table.set(0, at, &std::array::from_fn(channel));
+        let mut memory = vec![0.0; len(shape) + 1];
+        for simd in Simd::all() {
+            for order in [Order::Ascending, Order::Descending] {
+                // Of these sinks at most one begins where it may be streamed to.
+                for skipped in [None, Some(0), Some(1)] {
+                    let aligned = skipped.map(|skipped| Sink::from(&mut memory[skipped..][..len(shape)]));
+                    let recorder = Recorder::default();
+                    simd.run(VisitAll {
+                        geometry: &geometry,
+                        aligned,
+                        order,
+                        recorder: &recorder,
+                    });
+                    let mut visited = recorder.shown.into_inner();
+                    visited.sort_by_key(|&(index, _)| index);
+                    assert!(visited == expected, "{shape} {simd:?} {order:?} {skipped:?}");
+                    for at in recorder.aligned.into_inner() {
+                        assert_eq!(aligned.unwrap().until_aligned(at), 0, "{shape} {simd:?} {order:?}");
                     }
-                    visit::<_, f32, 1>(&geometry, &task, &mut table, None, order, &recorder);
                 }
             }
-            let mut visited = recorder.0.into_inner();
-            visited.sort_by_key(|&(index, _)| index);
-            assert!(visited == expected, "{shape} {order:?}");
         }
     }
 }
@@ -398,23 +448,27 @@ fn partial_blocks_touch_their_elements_only() {
     }
 }
 
-kernel!(First32 { values: &'a [f32; LANES], count: usize } -> [f32; LANES], |this, level| level.first(*this.values, this.count));
-kernel!(First64 { values: &'a [f64; LANES], count: usize } -> [f64; LANES], |this, level| level.first(*this.values, this.count));
+kernel!(Join32 { first: &'a [f32; LANES], second: &'a [f32; LANES], count: usize } -> [f32; LANES],
+    |this, level| level.join(*this.first, *this.second, this.count));
+kernel!(Join64 { first: &'a [f64; LANES], second: &'a [f64; LANES], count: usize } -> [f64; LANES],
+    |this, level| level.join(*this.first, *this.second, this.count));
 
 #[test]
-fn first_lanes_stay_and_the_others_are_zero() {
+fn lanes_are_joined_bit_by_bit() {
     for simd in Simd::all() {
         for count in 0..LANES {
             // Whatever there is in the others: a NaN is no number times 0.
-            let expected: [f64; LANES] = std::array::from_fn(|i| if i < count { i as f64 + 1.0 } else { 0.0 });
-            let values = std::array::from_fn(|i| if i < count { i as f64 + 1.0 } else { f64::NAN });
-            let single = simd.run(First32 {
-                values: &values.map(|value| value as f32),
+            let first = std::array::from_fn(|i| if i < count { i as f64 + 1.0 } else { f64::NAN });
+            let second = std::array::from_fn(|i| if i < count { f64::NAN } else { -(i as f64) });
+            let expected: [f64; LANES] = std::array::from_fn(|i| if i < count { first[i] } else { second[i] });
+            let single = simd.run(Join32 {
+                first: &first.map(|value| value as f32),
+                second: &second.map(|value| value as f32),
                 count,
             });
             assert_eq!(single.map(f64::from), expected, "{simd:?} {count}");
-            let values = &values;
-            assert_eq!(simd.run(First64 { values, count }), expected, "{simd:?} {count}");
+            let (first, second) = (&first, &second);
+            assert_eq!(simd.run(Join64 { first, second, count }), expected, "{simd:?} {count}");
         }
     }
 }

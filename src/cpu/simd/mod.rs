@@ -114,10 +114,10 @@ pub(super) trait Level: Copy {
         lanes(|i| if y[i] <= P::ZERO { P::ZERO } else { values[i] })
     }
 
-    /// The first `count` lanes, the others zero. Fewer than [`LANES`].
+    /// The first `count` lanes of `first`, the others of `second`. Fewer than [`LANES`].
     #[inline(always)]
-    fn first<P: Real>(self, values: Lanes<P>, count: usize) -> Lanes<P> {
-        lanes(|i| if i < count { values[i] } else { P::ZERO })
+    fn join<P: Real>(self, first: Lanes<P>, second: Lanes<P>, count: usize) -> Lanes<P> {
+        lanes(|i| if i < count { first[i] } else { second[i] })
     }
 
     /// Converts exactly.

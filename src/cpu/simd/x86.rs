@@ -232,23 +232,27 @@ impl Level for Avx2 {
     lane_by_lane!(pass, __m256, __m256d, pass_256_ps, pass_256_pd, values, y);
 
     #[inline(always)]
-    fn first<P: Real>(self, values: Lanes<P>, count: usize) -> Lanes<P> {
+    fn join<P: Real>(self, first: Lanes<P>, second: Lanes<P>, count: usize) -> Lanes<P> {
         /// Vector by vector.
         #[inline]
         #[target_feature(enable = "avx2")]
-        fn and<const V: usize>(values: [__m256i; V], masks: [__m256i; V]) -> [__m256i; V] {
-            let mut result = values;
-            for (value, mask) in result.iter_mut().zip(masks) {
-                *value = _mm256_and_si256(*value, mask);
+        fn blend<const V: usize>(first: [__m256i; V], second: [__m256i; V], masks: [__m256i; V]) -> [__m256i; V] {
+            let mut result = second;
+            for (result, (first, mask)) in result.iter_mut().zip(first.into_iter().zip(masks)) {
+                // Not as one instruction, which would be more than one where either is zero.
+                let first = _mm256_and_si256(mask, first);
+                *result = _mm256_or_si256(first, _mm256_andnot_si256(mask, *result));
             }
             result
         }
         // SAFETY: as for the operations above.
         unsafe {
             if size_of::<P>() == size_of::<f32>() {
-                transmute_copy(&and::<2>(transmute_copy(&values), first_256::<f32, 2>(count)))
+                let masks = first_256::<f32, 2>(count);
+                transmute_copy(&blend::<2>(transmute_copy(&first), transmute_copy(&second), masks))
             } else {
-                transmute_copy(&and::<4>(transmute_copy(&values), first_256::<f64, 4>(count)))
+                let masks = first_256::<f64, 4>(count);
+                transmute_copy(&blend::<4>(transmute_copy(&first), transmute_copy(&second), masks))
             }
         }
     }
@@ -366,17 +370,19 @@ impl Level for Avx512 {
     lane_by_lane!(pass, __m512, __m512d, pass_512_ps, pass_512_pd, values, y);
 
     #[inline(always)]
-    fn first<P: Real>(self, values: Lanes<P>, count: usize) -> Lanes<P> {
+    fn join<P: Real>(self, first_lanes: Lanes<P>, second: Lanes<P>, count: usize) -> Lanes<P> {
         let mask = first(count);
         // SAFETY: as for the operations above.
         unsafe {
             if size_of::<P>() == size_of::<f32>() {
-                transmute_copy(&_mm512_maskz_mov_ps(mask, transmute_copy(&values)))
+                let (first_lanes, second) = (transmute_copy(&first_lanes), transmute_copy(&second));
+                transmute_copy(&_mm512_mask_mov_ps(second, mask, first_lanes))
             } else {
-                let [low, high]: [__m512d; 2] = transmute_copy(&values);
+                let first_lanes: [__m512d; 2] = transmute_copy(&first_lanes);
+                let second: [__m512d; 2] = transmute_copy(&second);
                 transmute_copy(&[
-                    _mm512_maskz_mov_pd(mask as u8, low),
-                    _mm512_maskz_mov_pd((mask >> 8) as u8, high),
+                    _mm512_mask_mov_pd(second[0], mask as u8, first_lanes[0]),
+                    _mm512_mask_mov_pd(second[1], (mask >> 8) as u8, first_lanes[1]),
                 ])
             }
         }
