@@ -96,11 +96,11 @@
 //!   mean as it is rounded; what rounding took from it (Knuth's TwoSum) goes into the shift. So a constant channel gives
 //!   exactly the bias, and a mean that is large for the deviation costs no digits.
 //! - Threads gather mean and variance piece by piece, by sums of deviations from a centre and of their squares, and merge
-//!   them (Welford 1962; Chan, Golub and LeVeque 1979). The centre is the mean of earlier values of the channel: where
-//!   these are a share p of some values, whatever they are, the square of its distance from the mean of all is at most
-//!   (1 - p) / p times their variance, which bounds what cancels. What is merged is the variance, not the sum of squares,
-//!   which overflows long before the variance does. What the threads of a GPU have found in single precision is joined in
-//!   double precision, by weighted sums of means and squares about K.
+//!   them (Welford 1962; Chan, Golub and LeVeque 1979). The centre is the mean of earlier values of the channel, which bounds
+//!   what cancels whatever the values are: where these are a share p of some values, the square of its distance from the mean
+//!   of all is at most (1 - p) / p times their variance. (The CPU, whose first centre is the mean of few values, looks whether
+//!   it cost digits, and if so begins again from the better one.) What is merged is the variance, not the sum of squares,
+//!   which overflows long before the variance does; pieces are joined in double precision.
 //! - Half-precision values are converted before anything is computed with them, and results are rounded once.
 //! - The order of every sum is fixed: the same call on the same device gives the same bits on every run. The CPU gives
 //!   the same bits on any number of threads. CPU and GPU sum in different orders, and agree within rounding.

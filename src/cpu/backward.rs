@@ -102,7 +102,7 @@ pub(super) struct TaskSums<'a, T: Element, E> {
     pub(super) x: Source<'a, T>,
     pub(super) dy: Source<'a, T>,
     pub(super) mask: E,
-    pub(super) partials: Partials<'a, T::Param>,
+    pub(super) partials: Partials<'a, f64>,
 }
 
 impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
@@ -118,7 +118,7 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
         match self.geometry {
             Geometry::Planar(planar) => {
                 for (index, channel) in channels.clone().enumerate() {
-                    let mut total = [T::Param::ZERO; 2];
+                    let mut total = [0.0; 2];
                     for chunk in chunks.clone() {
                         let terms = GradientTerms {
                             level,
@@ -127,7 +127,7 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
                             ahead: Some(planar.ahead(channel, chunk, chunks)),
                         };
                         let sums = planar_sums(level, planar.runs(channel, chunk), &terms);
-                        total = [total[0] + sums[0], total[1] + sums[1]];
+                        total = [total[0] + sums[0].to_f64(), total[1] + sums[1].to_f64()];
                     }
                     let total = [splat(total[0]), splat(total[1])];
                     // SAFETY: no other task has this channel and part.
@@ -136,7 +136,7 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
             }
             Geometry::Interleaved(interleaved) => {
                 table.repeat(channels.len(), interleaved.repeats());
-                let mut total = Table::<T::Param, 2>::new();
+                let mut total = Table::<f64, 2>::new();
                 let mut sums = Table::<T::Param, 2>::new();
                 for chunk in chunks.clone() {
                     let pixels = interleaved.pixels(&(chunk..chunk + 1));
@@ -148,8 +148,10 @@ impl<T: Element, E: Mask<T>> Kernel for TaskSums<'_, T, E> {
                     };
                     interleaved_sums(level, interleaved, channels, &pixels, &mut sums, &terms);
                     for (at, _) in blocks(channels.len()) {
-                        total.add(level, 0, at, sums.at(0, at));
-                        total.add(level, 1, at, sums.at(1, at));
+                        for sum in 0..2 {
+                            let added = sums.at(sum, at);
+                            total.add(level, sum, at, lanes(|i| added[i].to_f64()));
+                        }
                     }
                 }
                 for (at, count) in blocks(channels.len()) {
@@ -206,7 +208,7 @@ pub(super) struct FinishSums<'a, T: Element> {
     pub(super) values: usize,
     pub(super) channels: Range<usize>,
     pub(super) normalisation: Normalisation<'a, T::Param>,
-    pub(super) partials: Partials<'a, T::Param>,
+    pub(super) partials: Partials<'a, f64>,
     pub(super) gradient: Partials<'a, T::Param>,
     pub(super) parameters: Option<Parameters<'a, T::Param>>,
 }
@@ -224,7 +226,7 @@ impl<T: Element> Kernel for FinishSums<'_, T> {
 
     #[inline(always)]
     fn run<S: Level>(self, level: S) {
-        let values = T::Param::from_f64(self.values as f64);
+        let values = self.values as f64;
         for (at, count) in blocks(self.channels.len()) {
             let channel = self.channels.start + at;
             let sums = PartSums {
@@ -236,11 +238,14 @@ impl<T: Element> Kernel for FinishSums<'_, T> {
             let [bias, products] = pairwise(&sums, self.geometry.parts());
             // SAFETY: nothing writes statistics in a backward pass.
             let Centres { rest, invstd, .. } = unsafe { self.normalisation.centres(level, channel, count) };
-            let weight = lanes(|i| less_rest(products[i], rest[i], bias[i]) * invstd[i]);
-            let gradient = [
-                lanes(|i| bias[i] / values),
-                lanes(|i| -(invstd[i] * weight[i] / values)),
-            ];
+            let weight: Lanes<T::Param> = lanes(|i| {
+                let products = less_rest(products[i], rest[i].to_f64(), bias[i]);
+                T::Param::from_f64(products * invstd[i].to_f64())
+            });
+            let bias: Lanes<T::Param> = lanes(|i| T::Param::from_f64(bias[i]));
+            // Ranks that meet tell each other the sums in this precision. Of one rank's the quotients are the same.
+            let slope = lanes(|i| -(invstd[i] * weight[i]));
+            let gradient = [bias, slope].map(|sums| lanes(|i| T::Param::from_f64(sums[i].to_f64() / values)));
             // SAFETY: no other task has these channels.
             unsafe {
                 self.gradient.store(level, 0, channel, count, &gradient);
@@ -254,15 +259,15 @@ impl<T: Element> Kernel for FinishSums<'_, T> {
 }
 
 /// The sums of all parts of some channels.
-struct PartSums<'a, S, P> {
+struct PartSums<'a, S> {
     level: S,
-    partials: Partials<'a, P>,
+    partials: Partials<'a, f64>,
     channel: usize,
     count: usize,
 }
 
-impl<S: Level, P: Real> Tree for PartSums<'_, S, P> {
-    type Node = [Lanes<P>; 2];
+impl<S: Level> Tree for PartSums<'_, S> {
+    type Node = [Lanes<f64>; 2];
 
     #[inline(always)]
     fn leaf(&self, part: usize) -> Self::Node {

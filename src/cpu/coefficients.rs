@@ -186,14 +186,15 @@ impl<'a, P: Real> Statistics<'a, P> {
     }
 }
 
-/// `1 / sqrt(variance + eps)` of a batch. As in PyTorch it is 0 where both are 0, so that a constant channel gives the bias
-/// without an eps too.
+/// `1 / sqrt(variance + eps)` of a batch, rounded once. As in PyTorch it is 0 where both are 0, so that a constant channel gives
+/// the bias without an eps too.
 #[inline(always)]
-pub(super) fn batch_invstd<P: Real>(variance: P, eps: P) -> P {
-    if variance + eps == P::ZERO {
+pub(super) fn batch_invstd<P: Real>(variance: P, eps: f64) -> P {
+    let sum = variance.to_f64() + eps;
+    if sum == 0.0 {
         P::ZERO
     } else {
-        invstd(variance, eps)
+        P::from_f64(1.0 / sum.sqrt())
     }
 }
 
@@ -205,12 +206,26 @@ pub(super) fn invstd<P: Real>(variance: P, eps: P) -> P {
 
 /// What some channels are normalised by: `x̂ = ((x - mean) - rest) · invstd`.
 pub(super) struct Centres<P> {
-    /// The mean, rounded.
+    /// The mean, rounded; of a batch so coarsely that x - mean is exact for most x: see [`coarse`].
     pub(super) mean: Lanes<P>,
     /// What rounding took from it.
     pub(super) rest: Lanes<P>,
     /// 1 / sqrt(variance + eps).
     pub(super) invstd: Lanes<P>,
+}
+
+/// A mean K + d rounded to the spacing that numbers of 16 deviations have. Of all x between there and the mean, which are multiples
+/// of finer ones, it can be subtracted without rounding; of a mean far from 0 in deviations little or nothing is rounded. A
+/// constant channel keeps its own, so that y is the bias to the last bit.
+#[inline(always)]
+pub(super) fn coarse<P: Real>(mean: P, offset: P, invstd: P) -> P {
+    let deviations = P::from_f64(16.0) / invstd;
+    let rounded = (mean + deviations) - deviations;
+    if offset != P::ZERO && rounded.is_finite() {
+        rounded
+    } else {
+        mean
+    }
 }
 
 impl<P: Real> Normalisation<'_, P> {
@@ -234,9 +249,15 @@ impl<P: Real> Normalisation<'_, P> {
                 Statistics::Batch { pivot, offset, invstd } => {
                     let pivot = pivot.load(level, channel, count);
                     let offset = offset.load(level, channel, count);
-                    let [mean, rest] = two_sum(level, pivot, offset);
                     let invstd = invstd.load(level, channel, count);
-                    Centres { mean, rest, invstd }
+                    let [mean, rest] = two_sum(level, pivot, offset);
+                    let coarse = lanes(|i| coarse(mean[i], offset[i], invstd[i]));
+                    let rest = lanes(|i| (mean[i] - coarse[i]) + rest[i]);
+                    Centres {
+                        mean: coarse,
+                        rest,
+                        invstd,
+                    }
                 }
             }
         }

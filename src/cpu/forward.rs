@@ -46,7 +46,7 @@ pub(super) fn forward<T: Element>(simd: Simd, threads_from: usize, pass: Forward
             };
             let batch = Batch {
                 partials: workspace.partials(pass.shape.channels),
-                eps,
+                eps: pass.eps,
                 saved,
                 running: update.map(count_batch),
             };
@@ -132,8 +132,8 @@ struct Forward<'a, T: Element, E> {
 /// What a pass by the statistics of its batch has beside the elements.
 #[derive(Clone, Copy)]
 struct Batch<'a, P> {
-    partials: Partials<'a, P>,
-    eps: P,
+    partials: Partials<'a, f64>,
+    eps: f64,
     saved: Saved<'a, P>,
     running: Option<Running<'a, P>>,
 }

@@ -103,7 +103,7 @@ struct Gradients<'a, T: Element, E> {
     /// Whether the gradient flows through the statistics too.
     training: bool,
     part: Part,
-    partials: Partials<'a, T::Param>,
+    partials: Partials<'a, f64>,
     gradient: Partials<'a, T::Param>,
     parameters: Option<Parameters<'a, T::Param>>,
     elements: GradientElements<'a, T, E>,

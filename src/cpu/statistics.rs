@@ -37,7 +37,7 @@ pub(super) struct TaskStatistics<'a, T: Element> {
     pub(super) geometry: &'a Geometry,
     pub(super) task: &'a Task,
     pub(super) x: Source<'a, T>,
-    pub(super) partials: Partials<'a, T::Param>,
+    pub(super) partials: Partials<'a, f64>,
 }
 
 impl<T: Element> Kernel for TaskStatistics<'_, T> {
@@ -78,19 +78,43 @@ impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param> for Deviat
     }
 }
 
-/// Mean and variance of `values` numbers, of the sum of them and of their squares, these divided by their number.
-#[inline(always)]
-fn moments<P: Real>(sum: P, mean_square: P, values: P) -> [P; 2] {
-    let mean = sum / values;
-    let variance = (-mean).mul_add(mean, mean_square);
-    // Not a maximum, which would drop a NaN.
-    [mean, if variance < P::ZERO { P::ZERO } else { variance }]
+/// Divides sums of x - C by the number of values, in double precision as all that is done once for a chunk.
+#[derive(Clone, Copy)]
+struct Divisor<P> {
+    /// The number of values.
+    values: f64,
+    /// About 1 / values, what the squares have been multiplied by.
+    share: P,
+    /// What makes that of them what it should have been.
+    correction: f64,
+}
+
+impl<P: Real> Divisor<P> {
+    #[inline(always)]
+    fn new(values: usize) -> Self {
+        let values = values as f64;
+        let share = P::from_f64(1.0 / values);
+        Self {
+            values,
+            share,
+            correction: 1.0 / (values * share.to_f64()),
+        }
+    }
+
+    /// Mean and variance, of the sum of the numbers and of their squares, these multiplied by the share.
+    #[inline(always)]
+    fn moments(&self, sum: P, mean_square: P) -> [f64; 2] {
+        let mean = sum.to_f64() / self.values;
+        let variance = mean_square.to_f64() * self.correction - mean * mean;
+        // Not a maximum, which would drop a NaN.
+        [mean, if variance < 0.0 { 0.0 } else { variance }]
+    }
 }
 
 /// Whether a centre whose distance from the mean is `mean` takes too many digits from the variance.
 #[inline(always)]
-fn unlike<P: Real>(mean: P, variance: P) -> bool {
-    mean * mean > P::from_f64(UNLIKE) * variance
+fn unlike(mean: f64, variance: f64) -> bool {
+    mean * mean > UNLIKE * variance
 }
 
 /// What is summed up.
@@ -122,28 +146,28 @@ impl<T: Element> TaskStatistics<'_, T> {
                     Stage::Sample => whole.sample(PLANAR_SAMPLE),
                     Stage::First | Stage::Next => whole,
                 };
-                let values = T::Param::from_f64(runs.values() as f64);
+                let divisor = Divisor::new(runs.values());
                 let deviations = Deviations {
                     level,
                     x: self.x,
                     coefficients: &Uniform([pivot, centre]),
-                    share: splat(T::Param::ONE / values),
+                    share: splat(divisor.share),
                     ahead: Some(planar.ahead(channel, chunk, chunks)),
                 };
                 let [sum, mean_square] = planar_sums(level, runs, &deviations);
-                let [mean, variance] = moments(sum, mean_square, values);
+                let [mean, variance] = divisor.moments(sum, mean_square);
                 stage = match stage {
                     Stage::Sample => Stage::First,
                     Stage::First if unlike(mean, variance) => Stage::Next,
                     Stage::First | Stage::Next => {
-                        state = state.push_chunk(runs.values() as u64, (centre - pivot) + mean, variance);
-                        centre = finite_or_zero(pivot + state.mean);
+                        state = state.push_chunk(runs.values() as u64, mean_from(pivot, centre, mean), variance);
+                        centre = centre_at(pivot, state.mean);
                         chunk += 1;
                         Stage::Next
                     }
                 };
                 if state.count == 0 {
-                    centre = finite_or_zero(centre + mean);
+                    centre = centre_at(centre, mean);
                 }
             }
             let partial = [splat(state.mean), splat(state.variance)];
@@ -166,7 +190,7 @@ impl<T: Element> TaskStatistics<'_, T> {
             strip.set(PIVOT, at, &pivots);
             strip.set(CENTRE, at, &pivots);
         }
-        let mut state = Table::<T::Param, 2>::new();
+        let mut state = Table::<f64, 2>::new();
         let mut sums = Table::<T::Param, 2>::new();
         let mut counted = 0;
         let mut chunk = chunks.start;
@@ -178,13 +202,13 @@ impl<T: Element> TaskStatistics<'_, T> {
                 let sample = INTERLEAVED_SAMPLE * interleaved.repeats();
                 pixels.end = pixels.end.min(pixels.start + sample);
             }
-            let values = T::Param::from_f64(pixels.len() as f64);
+            let divisor = Divisor::new(pixels.len());
             strip.repeat(channels.len(), interleaved.repeats());
             let deviations = Deviations {
                 level,
                 x: self.x,
                 coefficients: &strip,
-                share: splat(T::Param::ONE / values),
+                share: splat(divisor.share),
                 ahead: None,
             };
             interleaved_sums(level, interleaved, channels, &pixels, &mut sums, &deviations);
@@ -193,21 +217,21 @@ impl<T: Element> TaskStatistics<'_, T> {
             for (at, _) in blocks(channels.len()) {
                 let (pivot, centre) = (strip.at(PIVOT, at), strip.at(CENTRE, at));
                 let [sum, mean_square] = sums.both(at);
-                let mut seen = [[T::Param::ZERO; LANES]; 2];
+                let mut seen = [[0.0; LANES]; 2];
                 for i in 0..LANES {
-                    let [mean, variance] = moments(sum[i], mean_square[i], values);
-                    [seen[0][i], seen[1][i]] = [(centre[i] - pivot[i]) + mean, variance];
+                    let [mean, variance] = divisor.moments(sum[i], mean_square[i]);
+                    [seen[0][i], seen[1][i]] = [mean_from(pivot[i], centre[i], mean), variance];
                 }
                 if stage == Stage::First {
                     for i in 0..LANES {
-                        any_unlike |= unlike(sum[i] / values, seen[1][i]);
+                        any_unlike |= unlike(sum[i].to_f64() / divisor.values, seen[1][i]);
                     }
                 }
                 if let Some(weights) = weights {
                     seen = merge(weights, &state.both(at), &seen);
                 }
                 state.set_both(at, &seen);
-                strip.set(CENTRE, at, &lanes(|i| finite_or_zero(pivot[i] + seen[0][i])));
+                strip.set(CENTRE, at, &lanes(|i| centre_at(pivot[i], seen[0][i])));
             }
             stage = match stage {
                 Stage::Sample => Stage::First,
@@ -246,6 +270,18 @@ fn finite_or_zero<P: Real>(value: P) -> P {
     if value.is_finite() { value } else { P::ZERO }
 }
 
+/// The mean of x - K, of the mean of x - C.
+#[inline(always)]
+fn mean_from<P: Real>(pivot: P, centre: P, mean: f64) -> f64 {
+    (centre.to_f64() - pivot.to_f64()) + mean
+}
+
+/// A centre at a distance from another one.
+#[inline(always)]
+fn centre_at<P: Real>(from: P, distance: f64) -> P {
+    finite_or_zero(P::from_f64(from.to_f64() + distance))
+}
+
 /// (mean, variance) of the union, lane by lane.
 #[inline(always)]
 fn merge<P: Real>(weights: Weights<P>, first: &[Lanes<P>; 2], second: &[Lanes<P>; 2]) -> [Lanes<P>; 2] {
@@ -261,8 +297,8 @@ pub(super) struct FinishStatistics<'a, T: Element> {
     pub(super) geometry: &'a Geometry,
     pub(super) channels: Range<usize>,
     pub(super) x: Source<'a, T>,
-    pub(super) partials: Partials<'a, T::Param>,
-    pub(super) eps: T::Param,
+    pub(super) partials: Partials<'a, f64>,
+    pub(super) eps: f64,
     pub(super) saved: Saved<'a, T::Param>,
     pub(super) running: Option<Running<'a, T::Param>>,
 }
@@ -272,7 +308,7 @@ pub(super) struct FinishRank<'a, T: Element> {
     pub(super) geometry: &'a Geometry,
     pub(super) channels: Range<usize>,
     pub(super) x: Source<'a, T>,
-    pub(super) partials: Partials<'a, T::Param>,
+    pub(super) partials: Partials<'a, f64>,
     /// Get pivot, mean and variance.
     pub(super) found: [Sink<'a, T::Param>; 3],
 }
@@ -294,7 +330,7 @@ impl<T: Element> Kernel for FinishRank<'_, T> {
                 count,
             };
             let ([mean, variance], _) = pairwise(&parts, self.geometry.parts());
-            for (found, values) in self.found.iter().zip([pivots, mean, variance]) {
+            for (found, values) in self.found.iter().zip([pivots, rounded(&mean), rounded(&variance)]) {
                 // SAFETY: no other task has these channels, and all sinks have one element per channel.
                 unsafe { found.store(level, channel, count, &values) };
             }
@@ -350,6 +386,7 @@ impl<T: Element> Kernel for FinishStatistics<'_, T> {
                 count,
             };
             let ([mean, variance], _) = pairwise(&parts, self.geometry.parts());
+            let (mean, variance): (Lanes<T::Param>, Lanes<T::Param>) = (rounded(&mean), rounded(&variance));
             // SAFETY: no other task has these channels, and all sinks have one element per channel.
             unsafe {
                 self.saved.pivot.store(level, channel, count, &pivots);
@@ -359,8 +396,8 @@ impl<T: Element> Kernel for FinishStatistics<'_, T> {
             }
             if let Some(running) = self.running {
                 let values = self.geometry.values() as f64;
-                let unbiased = T::Param::from_f64(values / (values - 1.0));
-                let batch = [lanes(|i| pivots[i] + mean[i]), lanes(|i| variance[i] * unbiased)];
+                let unbias = T::Param::from_f64(values / (values - 1.0));
+                let batch = [lanes(|i| pivots[i] + mean[i]), lanes(|i| variance[i] * unbias)];
                 // SAFETY: as above.
                 unsafe { running.update(level, channel, count, &batch) };
             }
@@ -368,17 +405,23 @@ impl<T: Element> Kernel for FinishStatistics<'_, T> {
     }
 }
 
+/// The lanes in the precision of parameters.
+#[inline(always)]
+fn rounded<P: Real>(values: &Lanes<f64>) -> Lanes<P> {
+    lanes(|i| P::from_f64(values[i]))
+}
+
 /// Mean and variance of all parts of some channels.
-struct PartMoments<'a, S, P> {
+struct PartMoments<'a, S> {
     level: S,
     geometry: &'a Geometry,
-    partials: Partials<'a, P>,
+    partials: Partials<'a, f64>,
     channel: usize,
     count: usize,
 }
 
-impl<S: Level, P: Real> Tree for PartMoments<'_, S, P> {
-    type Node = ([Lanes<P>; 2], u64);
+impl<S: Level> Tree for PartMoments<'_, S> {
+    type Node = ([Lanes<f64>; 2], u64);
 
     #[inline(always)]
     fn leaf(&self, part: usize) -> Self::Node {

@@ -62,7 +62,6 @@ impl SyncBackend for Cpu {
             exchange.outcome[0] = ONE_VALUE;
             return Err(Error::OneValuePerChannel { shape: pass.shape });
         }
-        let eps = T::Param::from_f64(pass.eps);
         let [variances, _] = pass.workspace.vectors();
         for (channel, variance_kept) in variances.iter_mut().enumerate() {
             let (mut pivot, mut all) = (0.0, Welford::EMPTY);
@@ -80,7 +79,7 @@ impl SyncBackend for Cpu {
             let variance = T::Param::from_f64(all.variance);
             pass.saved.pivot[channel] = T::Param::from_f64(pivot);
             pass.saved.mean_offset[channel] = T::Param::from_f64(all.mean);
-            pass.saved.invstd[channel] = batch_invstd(variance, eps);
+            pass.saved.invstd[channel] = batch_invstd(variance, pass.eps);
             *variance_kept = variance;
         }
         exchange.outcome.copy_from_slice(&[SOUND, values as i64]);
@@ -196,7 +195,7 @@ struct RankStatistics<'a, T: Element> {
     simd: Simd,
     geometry: Geometry,
     x: Source<'a, T>,
-    partials: Partials<'a, T::Param>,
+    partials: Partials<'a, f64>,
     found: [Sink<'a, T::Param>; 3],
 }
 

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use half::{bf16, f16};
 use rayon::ThreadPoolBuilder;
 
-use super::coefficients::{Coefficients, Table};
+use super::coefficients::{Coefficients, Table, coarse};
 use super::elementwise::{Order, Visitor, visit};
 use super::geometry::{Geometry, STRIP, Task};
 use super::memory::{Sink, Source};
@@ -295,6 +295,32 @@ fn a_table_starts_anywhere() {
         .map(|position| 3.0 * ((position + 5) % channels) as f64)
         .collect();
     assert_eq!(&table.row(0)[..channels], sums);
+}
+
+#[test]
+fn values_lie_at_exact_distances_from_a_coarse_mean() {
+    let noise: Vec<f64> = tensor(Shape::nchw(1, 1, 100, 100), 5);
+    let mut inexact = [0, 0];
+    for mean in [0.31f32, -0.77, 1.3e-3] {
+        let rounded = coarse(mean, 1.0, 1.0);
+        assert!((rounded - mean).abs() <= 1e-6);
+        // Values of all magnitudes.
+        for x in noise.iter().map(|value| (4.0 * value.powi(3)) as f32 + mean) {
+            for (inexact, centre) in inexact.iter_mut().zip([rounded, mean]) {
+                *inexact += usize::from(f64::from(x - centre) != f64::from(x) - f64::from(centre));
+            }
+        }
+    }
+    assert!(4 * inexact[0] < inexact[1], "{inexact:?} of {}", 3 * noise.len());
+    // Nothing is to be had of a mean far away, or of a deviation that is none.
+    for (mean, offset, invstd) in [
+        (1e7f32, 1.0, 1.0),
+        (0.01, 0.0, 300.0),
+        (0.5, 1.0, 0.0),
+        (0.5, 1.0, f32::NAN),
+    ] {
+        assert_eq!(coarse(mean, offset, invstd), mean);
+    }
 }
 
 struct Parentheses;

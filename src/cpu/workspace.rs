@@ -9,8 +9,9 @@ use crate::shape::Shape;
 /// What a step of one shape needs beside its operands, so that it allocates nothing.
 #[derive(Debug)]
 pub struct Workspace<T: Element> {
-    /// Two numbers per part and channel: mean and variance, or the sums of the backward pass.
-    partials: [Vec<T::Param>; 2],
+    /// Two numbers per part and channel: mean and variance, or the sums of the backward pass. There are few of them, and twice
+    /// the digits cost nothing.
+    partials: [Vec<f64>; 2],
     /// Two numbers per channel: what the backward pass subtracts from the gradient.
     gradient: [Vec<T::Param>; 2],
 }
@@ -23,15 +24,15 @@ impl<T: Element> Workspace<T> {
         } else {
             Geometry::new(shape).parts() * shape.channels
         };
-        let zeros = |len| vec![T::Param::ZERO; len];
+        let zeros = || vec![T::Param::ZERO; shape.channels];
         Self {
-            partials: [zeros(partials), zeros(partials)],
-            gradient: [zeros(shape.channels), zeros(shape.channels)],
+            partials: [vec![0.0; partials], vec![0.0; partials]],
+            gradient: [zeros(), zeros()],
         }
     }
 
     /// Two numbers per part and channel.
-    pub(super) fn partials(&mut self, channels: usize) -> Partials<'_, T::Param> {
+    pub(super) fn partials(&mut self, channels: usize) -> Partials<'_, f64> {
         self.split(channels).0
     }
 
@@ -41,7 +42,7 @@ impl<T: Element> Workspace<T> {
     }
 
     /// Two numbers per part and channel, and two per channel.
-    pub(super) fn split(&mut self, channels: usize) -> (Partials<'_, T::Param>, Partials<'_, T::Param>) {
+    pub(super) fn split(&mut self, channels: usize) -> (Partials<'_, f64>, Partials<'_, T::Param>) {
         let [first, second] = &mut self.partials;
         let partials = Partials {
             numbers: [first.as_mut_slice().into(), second.as_mut_slice().into()],
