@@ -255,6 +255,9 @@ mod overwrite;
 mod request;
 mod shape;
 mod state;
+// What is not of candle in its operations; tested without it.
+#[cfg(any(feature = "candle", test))]
+mod step;
 mod sync;
 mod welford;
 

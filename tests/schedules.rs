@@ -176,9 +176,17 @@ fn results_do_not_depend_on_the_schedule() {
     };
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        for _ in 0..std::thread::available_parallelism().map_or(1, |count| count.get()) {
-            scope.spawn(|| {
-                let (single, half) = (Known::<f32>::all(), Known::<f16>::all());
+        for thread in 0..std::thread::available_parallelism().map_or(1, |count| count.get()) {
+            let next = &next;
+            scope.spawn(move || {
+                // In different orders: a kernel is compiled by one of them while all others that need it wait.
+                let (single, half) = if thread % 2 == 0 {
+                    let single = Known::<f32>::all();
+                    (single, Known::<f16>::all())
+                } else {
+                    let half = Known::<f16>::all();
+                    (Known::<f32>::all(), half)
+                };
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     if seed >= schedules {

@@ -127,7 +127,6 @@
 mod cuda;
 mod operation;
 mod shared;
-mod step;
 mod storage;
 
 use std::sync::Arc;

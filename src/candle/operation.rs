@@ -11,7 +11,6 @@ use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Result, Storage, Tensor, Var};
 
 use super::shared::{Kept, Purpose, Shared, lock};
-use super::step::{Gradients, Operands, backward, batch_statistics, forward};
 use super::storage::{Device, Moved, Place, Stored, memory};
 use super::{channels_last, channels_second, described, wrap};
 use crate::backend::{
@@ -23,6 +22,7 @@ use crate::cpu::Cpu;
 use crate::element::{Dtype, Element};
 use crate::epilogue::Epilogue;
 use crate::shape::{Layout as MemoryOrder, Shape};
+use crate::step::{Gradients, Operands, backward, batch_statistics, forward};
 
 /// The name that candle's messages call it by.
 pub(super) const NAME: &str = "batch-norm";

@@ -9,27 +9,27 @@ use crate::error::Result;
 use crate::shape::Shape;
 
 /// What both passes have in common. `'t` is how long the tensors are borrowed, `'m` the vectors per channel.
-pub(super) struct Operands<'t, 'm, B: Backend, T: Element> {
+pub(crate) struct Operands<'t, 'm, B: Backend, T: Element> {
     /// The shape of every tensor.
-    pub(super) shape: Shape,
+    pub(crate) shape: Shape,
     /// Added to the variance.
-    pub(super) eps: f64,
+    pub(crate) eps: f64,
     /// What is normalised.
-    pub(super) x: B::View<'t, T>,
+    pub(crate) x: B::View<'t, T>,
     /// Weight and bias, if there are any.
-    pub(super) parameters: Option<[B::View<'m, T::Param>; 2]>,
+    pub(crate) parameters: Option<[B::View<'m, T::Param>; 2]>,
 }
 
 /// What the backward pass is to compute, and where it goes.
-pub(super) struct Gradients<'t, B: Backend, T: Element> {
+pub(crate) struct Gradients<'t, B: Backend, T: Element> {
     /// At x.
-    pub(super) x: Option<B::ViewMut<'t, T>>,
+    pub(crate) x: Option<B::ViewMut<'t, T>>,
     /// At weight and bias.
-    pub(super) parameters: Option<[B::ViewMut<'t, T::Param>; 2]>,
+    pub(crate) parameters: Option<[B::ViewMut<'t, T::Param>; 2]>,
 }
 
 /// Memory for the statistics of one batch, from the forward pass for the backward pass.
-pub(super) fn batch_statistics<B: Backend, T: Element>(backend: &B, channels: usize) -> Result<BatchStatistics<B, T>> {
+pub(crate) fn batch_statistics<B: Backend, T: Element>(backend: &B, channels: usize) -> Result<BatchStatistics<B, T>> {
     let zeros = || backend.zeros(channels);
     Ok(BatchStatistics {
         pivot: zeros()?,
@@ -39,7 +39,7 @@ pub(super) fn batch_statistics<B: Backend, T: Element>(backend: &B, channels: us
 }
 
 /// Normalises.
-pub(super) fn forward<'t, 'm, B: Backend, T: Element>(
+pub(crate) fn forward<'t, 'm, B: Backend, T: Element>(
     backend: &B,
     operands: Operands<'t, 'm, B, T>,
     epilogue: ForwardEpilogue<'t, B, T>,
@@ -65,7 +65,7 @@ pub(super) fn forward<'t, 'm, B: Backend, T: Element>(
 }
 
 /// The gradients of [`forward`].
-pub(super) fn backward<'t, 'm, B: Backend, T: Element>(
+pub(crate) fn backward<'t, 'm, B: Backend, T: Element>(
     backend: &B,
     operands: Operands<'t, 'm, B, T>,
     epilogue: BackwardEpilogue<'t, B, T>,
