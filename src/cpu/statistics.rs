@@ -23,7 +23,7 @@ const PLANAR_SAMPLE: usize = 128;
 /// Runs in NHWC whose mean is the first centre.
 const INTERLEAVED_SAMPLE: usize = 8;
 /// The first chunk is summed up again if the square of C - mean is more than so many times its variance: the sample was unlike it.
-/// Two bits may be lost, and no more.
+/// Little more than two bits may be lost.
 const UNLIKE: f64 = 4.0;
 
 /// Mean and variance of x - K in one task, into `partials`.
@@ -31,8 +31,8 @@ const UNLIKE: f64 = 4.0;
 /// Each chunk is read once: the sums of x - C and its square give mean and variance, as long as the square of C - mean, which is
 /// lost of the sum of squares, is not large beside the variance. The centre C is the mean of what the task has seen before; before
 /// that, of a sample of the first chunk, and if that turns out to be unlike the chunk, of the chunk. Where a later chunk is far
-/// from what came before, then so is the variance of both together large: with C the mean of a share p of all values so far, at
-/// least p / (1 - p) times that square.
+/// from what came before, then so is the variance of both together large: of a share p of all values so far and 1 - p in the
+/// chunk it is at least p · (1 - p) times the square of their distance, of which 1 - p times the square is what cancels.
 pub(super) struct TaskStatistics<'a, T: Element> {
     pub(super) geometry: &'a Geometry,
     pub(super) task: &'a Task,
