@@ -10,10 +10,11 @@
 //! {"do": "once", "op": "train"}
 //! ```
 //!
-//! `prepare` reads x, dy and z from raw files of that folder, `results` writes y, y_eval, dx, dz, dweight and dbias there.
-//! `time` answers with the milliseconds of one call, for each replay of a CUDA graph of so many calls. With a `cold` cache the
-//! calls rotate among sets of tensors, `most_sets` at most, of which every pass touches more than four times the L2 cache; with a `warm` one all
-//! calls use one set. `once` runs a single call, for a profiler. An answer with `error` says why something could not be done.
+//! `prepare` reads x, dy and z from raw files of that folder, `results` writes y, y_eval, dx, dz, dweight, dbias, running_mean
+//! and running_var there, of a first step. `time` answers with the milliseconds of one call, for each replay of a CUDA graph of
+//! so many calls. With a `cold` cache the calls rotate among sets of tensors, `most_sets` at most, of which every pass touches
+//! more than four times the L2 cache; with a `warm` one all calls use one set. `once` runs a single call, for a profiler. An
+//! answer with `error` says why something could not be done.
 //!
 //! `--stand-in h200` takes the stand-in driver instead of a GPU: its times mean nothing, all else is the same.
 
@@ -309,6 +310,8 @@ fn forward<'a, T: Element>(
 
 impl<T: Element> Passes for Step<T> {
     fn write_results(&mut self) -> Answer<Value> {
+        // The running statistics are those of this one step.
+        self.module.reset_running_stats()?;
         self.run(Op::Train, 0)?;
         self.run(Op::Backward, 0)?;
         let Self {

@@ -21,9 +21,12 @@ class Program:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 
     def ask(self, **request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
             raise RuntimeError(f"the program ended with {self.process.wait()} at the request {request}")
         answer = json.loads(line)
@@ -42,6 +45,14 @@ def percentiles(times):
     ordered = sorted(times)
     at = lambda share: ordered[round((len(ordered) - 1) * share)]
     return {"median_ms": at(0.5), "p10_ms": at(0.1), "p90_ms": at(0.9), "rounds": len(ordered)}
+
+
+def positive(text):
+    """A number of the command line that must not be 0."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def sizes(shape):
@@ -76,7 +87,8 @@ def about(root):
 
 def environment(root, name, packages):
     """A virtual environment under the target folder, with these packages; gives its interpreter. Makes it once."""
-    folder = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", root / "target")) / name
+    # Relative to where cargo is called, as cargo takes it; without `..`, as Python tells where its environment is.
+    folder = pathlib.Path(os.path.abspath(root / os.environ.get("CARGO_TARGET_DIR", "target"))) / name
     python, note = folder / "bin" / "python", folder / "installed"
     wanted = "\n".join(packages)
     if not note.exists() or note.read_text() != wanted:

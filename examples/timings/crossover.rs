@@ -1,15 +1,18 @@
 //! From which size on several threads are faster than one: what `Cpu::threads_from` decides.
 
 use batchnorm_cuda::{Cpu, Dtype, Layout, Result, Shape};
+use serde_json::json;
 
 use crate::pass::{Op, passes};
 use crate::{percentile, second_run};
 
 /// Prints, for tensors of growing size, the median times of passes on one thread and on all threads of the current pool, and for
-/// each pass the size from which on all threads are faster.
-pub fn measure(rounds: usize) -> Result<()> {
+/// each pass the size from which on all threads are faster; as JSON only that, one line for each pass.
+pub fn measure(rounds: usize, as_json: bool) -> Result<()> {
     let threads = rayon::current_num_threads();
-    println!("f32; KiB are those of x forward, of x and dy backward; ms on 1 thread and on {threads}");
+    if !as_json {
+        println!("f32; KiB are those of x forward, of x and dy backward; ms on 1 thread and on {threads}");
+    }
     for layout in [Layout::Nchw, Layout::Nhwc] {
         for op in Op::REPORTED {
             let mut from = None;
@@ -31,15 +34,20 @@ pub fn measure(rounds: usize) -> Result<()> {
                     percentile(&times, 0.5)
                 });
                 let kib = 32 * batch * if op == Op::Backward { 2 } else { 1 };
-                println!("{:<8} {layout} {kib:>5} KiB {one:>8.4} {all:>8.4}", op.name());
+                if !as_json {
+                    println!("{:<8} {layout} {kib:>5} KiB {one:>8.4} {all:>8.4}", op.name());
+                }
                 from = if all < one { from.or(Some(kib)) } else { None };
             }
+            let op = op.name();
+            if as_json {
+                let row = json!({ "op": op, "layout": layout.name(), "threads": threads, "rounds": rounds, "from_kib": from });
+                println!("{row}");
+                continue;
+            }
             match from {
-                Some(kib) => println!(
-                    "{:<8} {layout}: {threads} threads are faster from {kib} KiB on",
-                    op.name()
-                ),
-                None => println!("{:<8} {layout}: one thread is the fastest", op.name()),
+                Some(kib) => println!("{op:<8} {layout}: {threads} threads are faster from {kib} KiB on"),
+                None => println!("{op:<8} {layout}: one thread is the fastest"),
             }
         }
     }

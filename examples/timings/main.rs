@@ -1,9 +1,10 @@
 //! Times the CPU backend beside a copy of the same tensor, the least that any pass can cost.
 //!
-//! In each round a memcpy, a copy with streaming stores and one pass are timed one after the other on the same threads. With
-//! `--json` every op, shape, layout and element gives a line: median, 10th and 90th percentile of the pass, and the median
-//! of the faster copy. With `--serve` another program says, line by line on standard input, what to time next, and so can
-//! alternate with a library of its own: `scripts/pytorch-cpu` does.
+//! In each round, for one element after the other, a memcpy, a copy with streaming stores and one pass are timed on the same
+//! threads. With `--json` every op, shape, layout and element gives a line: median, 10th and 90th percentile of the pass, and the
+//! median of the faster copy. With `--serve` another program says, line by line on standard input, what to time next, and so can
+//! alternate with a library of its own: `scripts/pytorch-cpu` does. With `--crossover` tensors of growing size are timed on one
+//! thread and on all.
 //!
 //! ```text
 //! cargo run --release --example timings -- --json --threads 2
@@ -71,7 +72,7 @@ struct Arguments {
     crossover: bool,
 
     /// Answer requests on standard input, such as {"op": "train", "shape": "32x64x56x56", "layout": "nchw", "element":
-    /// "f32", "calls": 5}, each with the milliseconds of so many calls.
+    /// "f32", "calls": 5}, each with the milliseconds of so many calls; with "results": true also with what they computed.
     #[arg(long)]
     serve: bool,
 }
@@ -86,8 +87,12 @@ fn main() -> ExitCode {
         pool.install(serve);
         return ExitCode::SUCCESS;
     }
+    if arguments.crossover && pool.current_num_threads() == 1 {
+        eprintln!("--crossover compares one thread with several: there is only one");
+        return ExitCode::FAILURE;
+    }
     let outcome = if arguments.crossover {
-        pool.install(|| crossover::measure(arguments.rounds as usize).map(|()| true))
+        pool.install(|| crossover::measure(arguments.rounds as usize, arguments.json).map(|()| true))
     } else {
         pool.install(|| report(&arguments))
     };
@@ -114,10 +119,15 @@ fn report(arguments: &Arguments) -> Result<bool> {
     let mut within = true;
     for &dimensions in &arguments.shape {
         for &layout in &arguments.layout {
-            for &element in &arguments.element {
-                let mut passes = passes(Cpu::new(), shape(dimensions, layout), element)?;
-                for &op in &arguments.op {
-                    let figures = Figures::measure(passes.as_mut(), op, rounds)?;
+            let mut all = arguments
+                .element
+                .iter()
+                .map(|&element| passes(Cpu::new(), shape(dimensions, layout), element))
+                .collect::<Result<Vec<_>>>()?;
+            for &op in &arguments.op {
+                // All elements in the same rounds: on a machine that is faster at times, only what is timed in turns compares.
+                let figures = Figures::measure(&mut all, op, rounds)?;
+                for (&element, figures) in arguments.element.iter().zip(figures) {
                     let case = Case {
                         op,
                         dimensions,
@@ -144,15 +154,12 @@ fn serve() {
         let answer = line
             .map_err(|error| error.to_string())
             .and_then(|line| answer(&line, &mut prepared))
-            .map_or_else(|error| json!({ "error": error }), |times| json!({ "ms": times }));
+            .unwrap_or_else(|error| json!({ "error": error }));
         println!("{answer}");
     }
 }
 
-fn answer(
-    request: &str,
-    prepared: &mut Option<(Shape, Dtype, Box<dyn Passes>)>,
-) -> std::result::Result<Vec<f64>, String> {
+fn answer(request: &str, prepared: &mut Option<(Shape, Dtype, Box<dyn Passes>)>) -> std::result::Result<Value, String> {
     let request: Value = serde_json::from_str(request).map_err(|error| error.to_string())?;
     let text = |key: &str| request[key].as_str().ok_or(format!("no text under {key:?}"));
     let op: Op = text("op")?.parse()?;
@@ -166,9 +173,15 @@ fn answer(
         *prepared = Some((shape, element, passes));
     }
     let (_, _, passes) = prepared.as_mut().expect("prepared above");
-    (0..calls)
+    let times = (0..calls)
         .map(|_| pass::milliseconds(|| passes.run(op)).map_err(|error| error.to_string()))
-        .collect()
+        .collect::<std::result::Result<Vec<f64>, String>>()?;
+    let mut answer = json!({ "ms": times });
+    if request["results"] == true {
+        let [y, dx, dweight, dbias] = passes.results();
+        answer["results"] = json!({ "y": y, "dx": dx, "dweight": dweight, "dbias": dbias });
+    }
+    Ok(answer)
 }
 
 /// What is timed.
@@ -212,6 +225,7 @@ impl Case {
 }
 
 /// Milliseconds of each round, sorted.
+#[derive(Default)]
 struct Figures {
     pass: Vec<f64>,
     memcpy: Vec<f64>,
@@ -219,21 +233,27 @@ struct Figures {
 }
 
 impl Figures {
-    /// Times a pass and both copies in turns.
-    fn measure(passes: &mut dyn Passes, op: Op, rounds: usize) -> Result<Self> {
-        let mut times = [const { Vec::new() }; 3];
+    /// Times a pass and both copies of each element, in turns.
+    fn measure(all: &mut [Box<dyn Passes>], op: Op, rounds: usize) -> Result<Vec<Self>> {
+        let mut figures: Vec<Self> = all.iter().map(|_| Self::default()).collect();
         for _ in 0..rounds {
-            times[0].push(second_run(|| passes.memcpy())?);
-            times[1].push(second_run(|| passes.streaming_copy())?);
-            times[2].push(second_run(|| passes.run(op))?);
+            for (passes, figures) in all.iter_mut().zip(&mut figures) {
+                figures.memcpy.push(second_run(|| passes.memcpy())?);
+                figures.streaming.push(second_run(|| passes.streaming_copy())?);
+                figures.pass.push(second_run(|| passes.run(op))?);
+            }
         }
-        times.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
-        let [memcpy, streaming, pass] = times;
-        Ok(Self {
+        for Self {
             pass,
             memcpy,
             streaming,
-        })
+        } in &mut figures
+        {
+            for times in [pass, memcpy, streaming] {
+                times.sort_by(f64::total_cmp);
+            }
+        }
+        Ok(figures)
     }
 
     /// The median of the faster copy.

@@ -48,16 +48,19 @@ impl std::str::FromStr for Op {
     }
 }
 
-/// Passes over one shape and element, on the threads of the current pool. All write the same tensor.
+/// Passes over one shape and element, on the threads of the current pool.
 pub trait Passes: Send {
-    /// Runs a pass.
+    /// Runs a pass: forward from x to y, backward from x and dy to dx, so that [`Op::Step`] has all four tensors in use.
     fn run(&mut self, op: Op) -> Result<()>;
 
-    /// Copies the input as memcpy does.
+    /// Copies x to y as memcpy does.
     fn memcpy(&mut self) -> Result<()>;
 
-    /// Copies the input without reading the lines that are written.
+    /// Copies x to y without reading the lines that are written.
     fn streaming_copy(&mut self) -> Result<()>;
+
+    /// What the passes before have left: y and dx in the order of memory, then the gradients at weight and bias.
+    fn results(&self) -> [Vec<f64>; 4];
 }
 
 /// Prepares the passes of `cpu` over `shape`.
@@ -84,7 +87,8 @@ struct Tensors<T: Element> {
     gradients: Gradients<Cpu, T::Param>,
     x: Vec<T>,
     dy: Vec<T>,
-    result: Vec<T>,
+    y: Vec<T>,
+    dx: Vec<T>,
 }
 
 impl<T: Element> Tensors<T> {
@@ -98,7 +102,8 @@ impl<T: Element> Tensors<T> {
             module,
             x: noise(len, 0),
             dy: noise(len, 1),
-            result: noise(len, 2),
+            y: noise(len, 2),
+            dx: noise(len, 3),
         };
         // The backward pass needs the statistics of a forward pass.
         tensors.run(Op::Train)?;
@@ -117,15 +122,11 @@ fn noise<T: Element>(len: usize, seed: usize) -> Vec<T> {
 impl<T: Element> Passes for Tensors<T> {
     fn run(&mut self, op: Op) -> Result<()> {
         match op {
-            Op::Train => self.module.forward_train(&self.x, &mut self.result, &mut self.saved),
-            Op::Eval => self.module.forward_eval(self.shape, &self.x, &mut self.result),
-            Op::Backward => self.module.backward(
-                &self.x,
-                &self.dy,
-                &mut self.saved,
-                &mut self.result,
-                &mut self.gradients,
-            ),
+            Op::Train => self.module.forward_train(&self.x, &mut self.y, &mut self.saved),
+            Op::Eval => self.module.forward_eval(self.shape, &self.x, &mut self.y),
+            Op::Backward => self
+                .module
+                .backward(&self.x, &self.dy, &mut self.saved, &mut self.dx, &mut self.gradients),
             Op::Step => {
                 self.run(Op::Train)?;
                 self.run(Op::Backward)
@@ -134,12 +135,21 @@ impl<T: Element> Passes for Tensors<T> {
     }
 
     fn memcpy(&mut self) -> Result<()> {
-        copies::in_parallel(&self.x, &mut self.result, |from, to| to.copy_from_slice(from));
+        copies::in_parallel(&self.x, &mut self.y, |from, to| to.copy_from_slice(from));
         Ok(())
     }
 
     fn streaming_copy(&mut self) -> Result<()> {
-        copies::in_parallel(&self.x, &mut self.result, copies::streaming);
+        copies::in_parallel(&self.x, &mut self.y, copies::streaming);
         Ok(())
+    }
+
+    fn results(&self) -> [Vec<f64>; 4] {
+        /// As numbers that JSON has.
+        fn doubles<T: Element>(values: &[T]) -> Vec<f64> {
+            values.iter().map(|value| value.to_param().to_f64()).collect()
+        }
+        let Gradients { weight, bias } = &self.gradients;
+        [doubles(&self.y), doubles(&self.dx), doubles(weight), doubles(bias)]
     }
 }

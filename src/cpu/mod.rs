@@ -47,8 +47,9 @@ pub struct Cpu {
 
 impl Default for Cpu {
     fn default() -> Self {
-        // Below this, waking other threads takes longer than they save: two were the faster ones from 512 KiB on on an EPYC of
-        // 2024, and from 1 to 2 MiB on on a Xeon with AVX-512 (`timings --crossover`).
+        // Below this, waking other threads may take longer than they save: in a row of calls, between which they do not fall
+        // asleep, two were the faster ones from less than 1 MiB on on an EPYC, and from 1 to 2 MiB on on a Xeon with AVX-512
+        // (`timings --crossover`; README.md has the figures).
         Cpu { threads_from: 1 << 20 }
     }
 }

@@ -83,7 +83,8 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, threads_from: usize, pass
     }
 }
 
-/// Second-level cache that may be counted on, per core.
+/// Cache that a core may count on: its second level, 512 KiB at least on a server, with its share of the third, in which what the
+/// second drops stays at hand.
 const CACHE: usize = 1 << 20;
 
 /// Whether one task should take a group of channels from its sums to its elements, so that the values are read from memory

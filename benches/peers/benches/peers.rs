@@ -4,7 +4,8 @@
 //!     cargo bench -p peers -- --threads 1 --json                JSON, one line for each implementation, op and shape
 //!
 //! This crate writes into the caller's buffer; the others allocate their results, as they are made to be used. `step` is a
-//! forward pass in training and the gradients at x, weight and bias. NCHW and `f32`, which all of them have.
+//! forward pass in training and the gradients at x, weight and bias. NCHW and `f32`, which all of them have. Before anything is
+//! timed, what they compute from the same small tensors is compared.
 
 use std::time::{Duration, Instant};
 
@@ -55,6 +56,7 @@ fn main() {
         .build_global()
         .expect("no pool before this one");
     let rounds = arguments.rounds as usize;
+    compare_results();
     if !arguments.json {
         println!("{} threads, {rounds} rounds, f32, NCHW", rayon::current_num_threads());
         println!("op    shape          implementation   median ms     p10     p90  times ours");
@@ -97,6 +99,33 @@ fn main() {
                         median / ours
                     );
                 }
+            }
+        }
+    }
+}
+
+/// Panics if one of them computes something else than this crate, so that no wrong pass is timed.
+fn compare_results() {
+    let mut peers = on_cpu(&inputs([4, 8, 7, 7]));
+    let [ours, others @ ..] = peers.as_mut_slice() else {
+        unreachable!("this crate is the first");
+    };
+    let expected = ours.outputs();
+    for peer in others {
+        let found = peer.outputs();
+        for (what, expected, found) in [
+            ("y", &expected.y, &found.y),
+            ("dx", &expected.dx, &found.dx),
+            ("dweight", &expected.dweight, &found.dweight),
+            ("dbias", &expected.dbias, &found.dbias),
+        ] {
+            let largest = expected
+                .iter()
+                .fold(0.0, |largest: f32, value| largest.max(value.abs()));
+            assert_eq!(expected.len(), found.len(), "{what} of {}", peer.name());
+            for (expected, found) in expected.iter().zip(found) {
+                let near = (expected - found).abs() <= 1e-4 * largest;
+                assert!(near, "{what} of {}: {found} instead of {expected}", peer.name());
             }
         }
     }
