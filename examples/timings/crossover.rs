@@ -6,8 +6,11 @@ use serde_json::json;
 use crate::pass::{Op, passes};
 use crate::{percentile, second_run};
 
+/// Several threads are worth it where they take no more than so much of one thread's time.
+const FASTER: f64 = 0.9;
+
 /// Prints, for tensors of growing size, the median times of passes on one thread and on all threads of the current pool, and for
-/// each pass the size from which on all threads are faster; as JSON only that, one line for each pass.
+/// each pass the size from which on all threads are faster, by a tenth at least; as JSON only that, one line for each pass.
 pub fn measure(rounds: usize, as_json: bool) -> Result<()> {
     let threads = rayon::current_num_threads();
     if !as_json {
@@ -37,7 +40,11 @@ pub fn measure(rounds: usize, as_json: bool) -> Result<()> {
                 if !as_json {
                     println!("{:<8} {layout} {kib:>5} KiB {one:>8.4} {all:>8.4}", op.name());
                 }
-                from = if all < one { from.or(Some(kib)) } else { None };
+                from = match from {
+                    None if all < FASTER * one => Some(kib),
+                    Some(_) if all > one => None,
+                    unchanged => unchanged,
+                };
             }
             let op = op.name();
             if as_json {
