@@ -1,7 +1,7 @@
 //! The CPU backend beside a copy of the same tensor: forward in training, evaluation, backward.
 //!
 //! Throughput is that of the least traffic a pass can have (see `shapes`), so that it can be compared with the copy's.
-//! The backend runs on rayon's threads (`RAYON_NUM_THREADS`), the copy on one.
+//! The backend runs on rayon's threads (`RAYON_NUM_THREADS`), and so does the copy.
 //!
 //!     cargo bench --bench cpu                                   everything: a few minutes
 //!     cargo bench --bench cpu -- forward_train/f32              one pass, one element
@@ -16,6 +16,7 @@ use std::time::Duration;
 use batchnorm_cuda::half::f16;
 use batchnorm_cuda::{BatchNorm2d, BatchNorm2dConfig, Cpu, Element, Gradients, Real, Result, Saved, Shape};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use rayon::prelude::*;
 
 /// All that the passes over one shape need.
 struct Step<T: Element> {
@@ -54,7 +55,11 @@ impl<T: Element> Step<T> {
     }
 
     fn copy(&mut self) -> Result<()> {
-        black_box(&mut self.result).copy_from_slice(black_box(&self.x));
+        let share = self.x.len().div_ceil(rayon::current_num_threads());
+        black_box(&mut self.result)
+            .par_chunks_mut(share)
+            .zip(black_box(&self.x).par_chunks(share))
+            .for_each(|(to, from)| to.copy_from_slice(from));
         Ok(())
     }
 
