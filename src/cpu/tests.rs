@@ -13,11 +13,12 @@ use super::memory::{Sink, Source};
 use super::reduce::{Block, Tree, pairwise};
 use super::simd::{Kernel, LANES, Level, Simd, blocks, narrow, widen};
 use super::{Cpu, forward, gradients};
+use crate::BatchNorm2d;
 use crate::backend::{
     Backend, BackwardEpilogue, BackwardPass, BackwardStatistics, BatchStatistics, ForwardEpilogue, ForwardPass,
     ForwardStatistics, GradientFlow, InputOutput, ParameterGradients, RunningUpdate,
 };
-use crate::config::Momentum;
+use crate::config::{BatchNorm2dConfig, Momentum};
 use crate::element::{Element, Real};
 use crate::epilogue::Epilogue;
 use crate::shape::Shape;
@@ -670,19 +671,39 @@ fn instruction_sets_agree_bit_for_bit_past_the_caches() {
     agree::<f64>(Shape::nchw(2, 300, 30, 30).channels_last(), Epilogue::Identity);
 }
 
+/// The bits of y by running statistics.
+fn evaluated<T: Element>(threads_from: usize, shape: Shape) -> Vec<u64> {
+    let cpu = Cpu::new().threads_from(threads_from);
+    let module: BatchNorm2d<Cpu, T::Param> = BatchNorm2d::new(&cpu, BatchNorm2dConfig::new(shape.channels)).unwrap();
+    let x = tensor::<T>(shape, 1);
+    let mut y = vec![T::default(); x.len()];
+    module.forward_eval(shape, &x, &mut y).unwrap();
+    y.iter().map(|y| y.to_param().to_f64().to_bits()).collect()
+}
+
 #[test]
 fn numbers_of_threads_agree_bit_for_bit() {
     // Large and small, and groups too large or too few to be kept cached.
-    let shapes = [
+    threads_agree::<f32>([
         Shape::nchw(9, 3, 199, 201),
         Shape::nchw(16, 40, 28, 28),
         Shape::nchw(2, 3, 5, 7),
-    ];
+    ]);
+    threads_agree::<f16>([Shape::nchw(5, 3, 99, 101), Shape::nchw(8, 40, 14, 14)]);
+}
+
+fn threads_agree<T: Element>(shapes: impl IntoIterator<Item = Shape>) {
     for shape in shapes.into_iter().flat_map(|shape| [shape, shape.channels_last()]) {
         let results = [1, 2, 3, 8].map(|threads| {
             let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             // Whatever the size: other threads always, and never.
-            let step = |threads_from| pool.install(|| step::<f32>(Simd::detect(), threads_from, shape, Epilogue::Relu));
+            let step = |threads_from| {
+                pool.install(|| {
+                    let mut results = step::<T>(Simd::detect(), threads_from, shape, Epilogue::Relu);
+                    results.push(evaluated::<T>(threads_from, shape));
+                    results
+                })
+            };
             assert!(step(0) == step(usize::MAX), "{shape} on {threads} threads");
             step(0)
         });
