@@ -46,17 +46,11 @@ pub(crate) fn forward<'t, 'm, B: Backend, T: Element>(
     y: B::ViewMut<'t, T>,
     statistics: ForwardStatistics<'m, B, T>,
 ) -> Result<()> {
-    let Operands {
-        shape,
-        eps,
-        x,
-        parameters,
-    } = operands;
-    let [weight, bias] = apart(parameters);
+    let [weight, bias] = apart(operands.parameters);
     backend.forward(ForwardPass {
-        shape,
-        eps,
-        tensors: InputOutput::Separate { x, y },
+        shape: operands.shape,
+        eps: operands.eps,
+        tensors: InputOutput::Separate { x: operands.x, y },
         epilogue,
         weight,
         bias,
@@ -74,17 +68,11 @@ pub(crate) fn backward<'t, 'm, B: Backend, T: Element>(
     statistics: BackwardStatistics<'m, B, T>,
     workspace: &'m mut B::Workspace<T>,
 ) -> Result<()> {
-    let Operands {
-        shape,
-        eps,
-        x,
-        parameters,
-    } = operands;
-    let [weight, bias] = apart(parameters);
+    let [weight, bias] = apart(operands.parameters);
     backend.backward(BackwardPass {
-        shape,
-        eps,
-        x,
+        shape: operands.shape,
+        eps: operands.eps,
+        x: operands.x,
         flow: match gradients.x {
             Some(dx) => GradientFlow::Separate { dy, dx },
             None => GradientFlow::Stops { dy },

@@ -83,8 +83,7 @@ pub(super) fn run(geometry: &Geometry, phases: Phases, threads_from: usize, pass
     }
 }
 
-/// Cache that a core may count on: its second level, 512 KiB at least on a server, with its share of the third, in which what the
-/// second drops stays at hand.
+/// Cache that a core may count on: its second level with its share of the third, in which what the second drops stays at hand.
 const CACHE: usize = 1 << 20;
 
 /// Whether one task should take a group of channels from its sums to its elements, so that the values are read from memory
