@@ -60,6 +60,9 @@ pub trait Real:
 
     /// Whether this is neither infinite nor NaN.
     fn is_finite(self) -> bool;
+
+    /// Whether this is NaN.
+    fn is_nan(self) -> bool;
 }
 
 /// An [`Element`] type as a value.
@@ -190,6 +193,11 @@ macro_rules! real_element {
             #[inline(always)]
             fn is_finite(self) -> bool {
                 self.is_finite()
+            }
+
+            #[inline(always)]
+            fn is_nan(self) -> bool {
+                self.is_nan()
             }
         }
     };

@@ -345,8 +345,8 @@ impl<T: Element, E: Mask<T>> Kernel for ApplyGradient<'_, T, E> {
                             self.normalisation.centres(level, channels.start + at, count),
                         )
                     };
-                    table.set(GRADIENT_MEAN, at, &lanes(|i| less_rest(mean[i], -rest[i], slope[i])));
-                    table.set(GRADIENT_SLOPE, at, &slope);
+                    table.set_coefficient(GRADIENT_MEAN, at, &lanes(|i| less_rest(mean[i], -rest[i], slope[i])));
+                    table.set_coefficient(GRADIENT_SLOPE, at, &slope);
                 }
                 self.visit::<S, true>(level, &mut table);
             }

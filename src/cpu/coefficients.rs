@@ -57,6 +57,15 @@ impl<P: Real, const M: usize> Table<P, M> {
         self.0[index][position..position + LANES].copy_from_slice(values);
     }
 
+    /// As [`Table::set`] of what elements are computed with, every NaN as the one that all element types have: rounding relies on
+    /// it ([`narrow_bf16`](Level::narrow_bf16)), and parameters may have others.
+    #[inline(always)]
+    pub(super) fn set_coefficient(&mut self, index: usize, position: usize, values: &Lanes<P>) {
+        let nan = P::from_f64(f64::NAN);
+        let values = lanes(|i| if values[i].is_nan() { nan } else { values[i] });
+        self.set(index, position, &values);
+    }
+
     /// Adds to a coefficient of the positions from `position` on.
     #[inline(always)]
     pub(super) fn add<S: Level>(&mut self, level: S, index: usize, position: usize, values: Lanes<P>) {
@@ -132,9 +141,9 @@ impl<P: Real> Table<P, 2> {
 impl<P: Real, const M: usize> Coefficients<P> for Table<P, M> {
     #[inline(always)]
     fn at(&self, index: usize, position: usize) -> Lanes<P> {
-        // Changes nothing, and is checked once for all coefficients of a block where each would be otherwise.
-        debug_assert!(position <= STRIP);
-        let position = position.min(STRIP);
+        // Changes nothing, and costs less than the check that it makes needless.
+        debug_assert!(position < STRIP);
+        let position = position % STRIP;
         *self.0[index][position..]
             .first_chunk()
             .expect("a position has a vector's room behind it")
@@ -287,9 +296,9 @@ impl<P: Real> Normalisation<'_, P> {
             let weight = self.weight(level, channel, count);
             let bias = load_or(level, self.bias, P::ZERO, channel, count);
             let scale = lanes(|i| invstd[i] * weight[i]);
-            table.set(MEAN, at, &mean);
-            table.set(SCALE, at, &scale);
-            table.set(SHIFT, at, &lanes(|i| less_rest(bias[i], rest[i], scale[i])));
+            table.set_coefficient(MEAN, at, &mean);
+            table.set_coefficient(SCALE, at, &scale);
+            table.set_coefficient(SHIFT, at, &lanes(|i| less_rest(bias[i], rest[i], scale[i])));
         }
     }
 }

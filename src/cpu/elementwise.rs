@@ -138,19 +138,39 @@ fn visit_planes<S: Level, P: Real, T: Element, const M: usize>(
         let first = first + usize::from(before > 0);
         let (end, _) = border(planes, head, plane + 1);
         let coefficients = table.uniform(plane);
-        let (mut vector, forward) = match order {
-            Order::Ascending => (first, true),
-            Order::Descending => (end.wrapping_sub(1), false),
+        let vectors = end.saturating_sub(first);
+        let (vector, step) = match order {
+            Order::Ascending => (first, LANES),
+            Order::Descending => (end.wrapping_sub(1), LANES.wrapping_neg()),
         };
-        for _ in first..end {
-            visitor.visit(Block::new(start + vector * LANES, 0, LANES), &coefficients, aligned);
-            vector = if forward { vector + 1 } else { vector.wrapping_sub(1) };
+        let at = start.wrapping_add(vector.wrapping_mul(LANES));
+        // Asked here and not in the loop, which has few other instructions.
+        if aligned {
+            visit_vectors(at, step, vectors, true, visitor, &coefficients);
+        } else {
+            visit_vectors(at, step, vectors, false, visitor, &coefficients);
         }
     }
     let (end, rest) = border(planes, head, planes.count);
     if rest > 0 {
         let block = Block::new(start + end * LANES, 0, rest);
         visitor.visit(block, &table.uniform(planes.count - 1), false);
+    }
+}
+
+/// Visits so many vectors of one plane, each a step behind the one before.
+#[inline(always)]
+fn visit_vectors<P: Real>(
+    mut at: usize,
+    step: usize,
+    vectors: usize,
+    aligned: bool,
+    visitor: &impl Visitor<P>,
+    coefficients: &impl Coefficients<P>,
+) {
+    for _ in 0..vectors {
+        visitor.visit(Block::new(at, 0, LANES), coefficients, aligned);
+        at = at.wrapping_add(step);
     }
 }
 

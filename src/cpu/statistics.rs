@@ -8,13 +8,13 @@ use super::memory::{Sink, Source};
 use super::reduce::{Block, Terms, Tree, interleaved_sums, pairwise, planar_sums};
 use super::simd::{Kernel, LANES, Lanes, Level, blocks, lanes, splat};
 use super::workspace::Partials;
-use crate::element::{Element, Real};
+use crate::element::{Dtype, Element, Real};
 use crate::welford::{Weights, Welford};
 
 /// Index of the pivot among a strip's numbers.
 const PIVOT: usize = 0;
-/// Index of the centre that deviations are taken from.
-const CENTRE: usize = 1;
+/// Index of the [offset](offset_of) that makes scaled deviations from a centre.
+const OFFSET: usize = 1;
 /// How many numbers there are.
 const NUMBERS: usize = 2;
 
@@ -52,13 +52,35 @@ impl<T: Element> Kernel for TaskStatistics<'_, T> {
     }
 }
 
-/// x - C, and the same divided by the number of values, so that no sum of their products overflows before the mean square does.
-/// Meanwhile what is read next is fetched.
+/// What x - C is multiplied by before it is summed up, so that no sum of squares overflows before their mean does. A power of two,
+/// which rounds nothing: `bf16` has the exponents of `f32`, but the spacing of its smallest numbers is 2^16 times as wide. Squares
+/// of `f16` are far from the largest `f32`. Where elements are as precise as parameters, there is no such room at the lower
+/// end: of two equal factors, one is divided by the number of values instead (see [`Divisor`]), which is one operation more.
+const fn scale(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::Bf16 => 1.0 / 256.0,
+        Dtype::F16 | Dtype::F32 | Dtype::F64 => 1.0,
+    }
+}
+
+/// What is added to a scaled x to give its scaled deviation from a centre.
+#[inline(always)]
+fn offset_of<T: Element>(centre: T::Param) -> T::Param {
+    -(centre * T::Param::from_f64(scale(T::DTYPE)))
+}
+
+/// The centre that an offset means, exactly.
+#[inline(always)]
+fn centre_of<T: Element>(offset: T::Param) -> T::Param {
+    -(offset * T::Param::from_f64(1.0 / scale(T::DTYPE)))
+}
+
+/// Deviations x - C, scaled, and the same multiplied by the share. Meanwhile what is read next is fetched.
 struct Deviations<'a, S, T: Element, C> {
     level: S,
     x: Source<'a, T>,
     coefficients: &'a C,
-    /// 1 / number of values.
+    /// See [`Divisor`].
     share: Lanes<T::Param>,
     /// How far behind a value is the one that is read next in its place.
     ahead: Option<usize>,
@@ -73,39 +95,63 @@ impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param> for Deviat
         }
         // SAFETY: the geometry's blocks are inside a tensor of its shape, and nothing writes x in these passes.
         let x = unsafe { self.x.load(level, block.at, block.count) };
-        let deviation = level.sub(x, self.coefficients.at(CENTRE, block.position));
-        [deviation, level.mul(deviation, self.share)]
+        let offset = self.coefficients.at(OFFSET, block.position);
+        match T::DTYPE {
+            Dtype::F16 => {
+                let deviation = level.add(x, offset);
+                [deviation, deviation]
+            }
+            Dtype::Bf16 => {
+                let scale = splat(T::Param::from_f64(scale(T::DTYPE)));
+                let deviation = level.mul_add(x, scale, offset);
+                [deviation, deviation]
+            }
+            Dtype::F32 | Dtype::F64 => {
+                let deviation = level.add(x, offset);
+                [deviation, level.mul(deviation, self.share)]
+            }
+        }
     }
 }
 
-/// Divides sums of x - C by the number of values, in double precision as all that is done once for a chunk.
+/// Divides sums of scaled deviations by the number of values, in double precision as all that is done once for a chunk.
 #[derive(Clone, Copy)]
 struct Divisor<P> {
-    /// The number of values.
-    values: f64,
-    /// About 1 / values, what the squares have been multiplied by.
+    /// The number of values, times the scale.
+    scaled_values: f64,
+    /// What squares are multiplied by, beside the scale: about 1 / number of values, or 1 if they need not be.
     share: P,
-    /// What makes that of them what it should have been.
+    /// What makes the mean square of their sum.
     correction: f64,
 }
 
 impl<P: Real> Divisor<P> {
     #[inline(always)]
-    fn new(values: usize) -> Self {
+    fn new<T: Element<Param = P>>(values: usize) -> Self {
         let values = values as f64;
-        let share = P::from_f64(1.0 / values);
+        let scale = scale(T::DTYPE);
+        let share = match T::DTYPE {
+            Dtype::F16 | Dtype::Bf16 => P::ONE,
+            Dtype::F32 | Dtype::F64 => P::from_f64(1.0 / values),
+        };
         Self {
-            values,
+            scaled_values: scale * values,
             share,
-            correction: 1.0 / (values * share.to_f64()),
+            correction: 1.0 / (scale * scale * values * share.to_f64()),
         }
     }
 
-    /// Mean and variance, of the sum of the numbers and of their squares, these multiplied by the share.
+    /// Mean of the deviations, of their scaled sum.
     #[inline(always)]
-    fn moments(&self, sum: P, mean_square: P) -> [f64; 2] {
-        let mean = sum.to_f64() / self.values;
-        let variance = mean_square.to_f64() * self.correction - mean * mean;
+    fn mean(&self, sum: P) -> f64 {
+        sum.to_f64() / self.scaled_values
+    }
+
+    /// Mean and variance of the deviations, of their scaled sum and of that of their squares, multiplied by the share.
+    #[inline(always)]
+    fn moments(&self, sum: P, squares: P) -> [f64; 2] {
+        let mean = self.mean(sum);
+        let variance = squares.to_f64() * self.correction - mean * mean;
         // Not a maximum, which would drop a NaN.
         [mean, if variance < 0.0 { 0.0 } else { variance }]
     }
@@ -135,7 +181,7 @@ impl<T: Element> TaskStatistics<'_, T> {
         for channel in channels.clone() {
             // SAFETY: every channel has a first element, and nothing writes x in these passes.
             let pivot = unsafe { pivot(self.x, self.geometry, channel) };
-            let mut centre = pivot;
+            let mut offset = offset_of::<T>(pivot);
             let mut state = Welford::EMPTY;
             let mut chunk = chunks.start;
             let mut stage = Stage::Sample;
@@ -146,28 +192,29 @@ impl<T: Element> TaskStatistics<'_, T> {
                     Stage::Sample => whole.sample(PLANAR_SAMPLE),
                     Stage::First | Stage::Next => whole,
                 };
-                let divisor = Divisor::new(runs.values());
+                let divisor = Divisor::new::<T>(runs.values());
                 let deviations = Deviations {
                     level,
                     x: self.x,
-                    coefficients: &Uniform([pivot, centre]),
+                    coefficients: &Uniform([pivot, offset]),
                     share: splat(divisor.share),
                     ahead: Some(planar.ahead(channel, chunk, chunks)),
                 };
-                let [sum, mean_square] = planar_sums(level, runs, &deviations);
-                let [mean, variance] = divisor.moments(sum, mean_square);
+                let [sum, squares] = planar_sums(level, runs, &deviations);
+                let [mean, variance] = divisor.moments(sum, squares);
+                let centre = centre_of::<T>(offset);
                 stage = match stage {
                     Stage::Sample => Stage::First,
                     Stage::First if unlike(mean, variance) => Stage::Next,
                     Stage::First | Stage::Next => {
                         state = state.push_chunk(runs.values() as u64, mean_from(pivot, centre, mean), variance);
-                        centre = centre_at(pivot, state.mean);
+                        offset = offset_of::<T>(centre_at(pivot, state.mean));
                         chunk += 1;
                         Stage::Next
                     }
                 };
                 if state.count == 0 {
-                    centre = centre_at(centre, mean);
+                    offset = offset_of::<T>(centre_at(centre, mean));
                 }
             }
             let partial = [splat(state.mean), splat(state.variance)];
@@ -188,7 +235,7 @@ impl<T: Element> TaskStatistics<'_, T> {
             let first = unsafe { self.x.load(level, channels.start + at, count) };
             let pivots = lanes(|i| finite_or_zero(first[i]));
             strip.set(PIVOT, at, &pivots);
-            strip.set(CENTRE, at, &pivots);
+            strip.set(OFFSET, at, &lanes(|i| offset_of::<T>(pivots[i])));
         }
         let mut state = Table::<f64, 2>::new();
         let mut sums = Table::<T::Param, 2>::new();
@@ -202,7 +249,7 @@ impl<T: Element> TaskStatistics<'_, T> {
                 let sample = INTERLEAVED_SAMPLE * interleaved.repeats();
                 pixels.end = pixels.end.min(pixels.start + sample);
             }
-            let divisor = Divisor::new(pixels.len());
+            let divisor = Divisor::new::<T>(pixels.len());
             strip.repeat(channels.len(), interleaved.repeats());
             let deviations = Deviations {
                 level,
@@ -215,23 +262,24 @@ impl<T: Element> TaskStatistics<'_, T> {
             let weights = (counted > 0).then(|| Weights::new(counted, pixels.len() as u64));
             let mut any_unlike = false;
             for (at, _) in blocks(channels.len()) {
-                let (pivot, centre) = (strip.at(PIVOT, at), strip.at(CENTRE, at));
-                let [sum, mean_square] = sums.both(at);
+                let (pivot, offset) = (strip.at(PIVOT, at), strip.at(OFFSET, at));
+                let [sum, squares] = sums.both(at);
                 let mut seen = [[0.0; LANES]; 2];
                 for i in 0..LANES {
-                    let [mean, variance] = divisor.moments(sum[i], mean_square[i]);
-                    [seen[0][i], seen[1][i]] = [mean_from(pivot[i], centre[i], mean), variance];
+                    let [mean, variance] = divisor.moments(sum[i], squares[i]);
+                    let centre = centre_of::<T>(offset[i]);
+                    [seen[0][i], seen[1][i]] = [mean_from(pivot[i], centre, mean), variance];
                 }
                 if stage == Stage::First {
                     for i in 0..LANES {
-                        any_unlike |= unlike(sum[i].to_f64() / divisor.values, seen[1][i]);
+                        any_unlike |= unlike(divisor.mean(sum[i]), seen[1][i]);
                     }
                 }
                 if let Some(weights) = weights {
                     seen = merge(weights, &state.both(at), &seen);
                 }
                 state.set_both(at, &seen);
-                strip.set(CENTRE, at, &lanes(|i| centre_at(pivot[i], seen[0][i])));
+                strip.set(OFFSET, at, &lanes(|i| offset_of::<T>(centre_at(pivot[i], seen[0][i]))));
             }
             stage = match stage {
                 Stage::Sample => Stage::First,

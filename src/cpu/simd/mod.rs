@@ -132,7 +132,8 @@ pub(super) trait Level: Copy {
         lanes(|i| block[i].to_f32())
     }
 
-    /// Rounds to nearest even.
+    /// Rounds to nearest even. The lower half of a NaN must be zero, as in those that arithmetic makes of nothing or of `bf16`: so
+    /// it need not be told from numbers.
     #[inline(always)]
     fn narrow_bf16(self, lanes: &Lanes<f32>) -> [bf16; LANES] {
         lanes.map(bf16_from_f32)
@@ -243,15 +244,17 @@ pub(super) fn narrow<S: Level, T: Element>(level: S, values: &Lanes<T::Param>) -
     }
 }
 
-/// [`bf16::from_f32`] without a branch, so that it vectorises.
+/// [`bf16::from_f32`] of a number, or of a NaN that a `bf16` can be: see [`Level::narrow_bf16`].
 #[inline(always)]
 fn bf16_from_f32(value: f32) -> bf16 {
     let bits = value.to_bits();
-    // Half a unit in the last place, less one where a tie is already on an even number. NaN gets its quiet bit instead,
-    // since the carry could make an infinity of it.
-    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16;
-    let quiet = bits >> 16 | 0x40;
-    bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
+    debug_assert!(
+        !value.is_nan() || bits & 0xffff == 0,
+        "this NaN could become an infinity, or 0"
+    );
+    // Half a unit in the last place, less one where a tie is already on an even number.
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    bf16::from_bits((rounded >> 16) as u16)
 }
 
 /// A value under another name of its type.
