@@ -4,7 +4,7 @@
 mod common;
 
 use batchnorm_cuda::half::{bf16, f16};
-use batchnorm_cuda::{BatchNorm2d, BatchNorm2dConfig, Cpu, Element, Epilogue, Forward, Shape};
+use batchnorm_cuda::{BatchNorm2d, BatchNorm2dConfig, Cpu, Element, Epilogue, Forward, Real, Shape};
 use common::{Case, Form, Random, assert_near_reference, assert_same, run, run_as};
 
 /// Shapes beyond the thresholds of the backend's geometry, in both layouts.
@@ -119,6 +119,29 @@ fn a_deviation_of_1e17_in_many_values() {
         for (x, y) in x.iter().zip(&y) {
             assert!((y - x.signum()).abs() < 1e-3, "{x} became {y}");
         }
+    }
+}
+
+/// The largest deviations that half precision can have, and the smallest: of `bf16`, where sums are scaled, those whose variance
+/// still fits, and those of subnormal numbers, where it is 0 and the mean is not.
+#[test]
+fn half_tensors_at_both_ends_of_their_range() {
+    fn normal<T: Element>(shape: Shape, [mean, deviation]: [f64; 2]) {
+        let mut random = Random::new(25);
+        let mut case = Case::<T>::random(&mut random, shape, Epilogue::Identity);
+        for x in &mut case.x {
+            let value = mean + deviation * random.normal().clamp(-2.0, 2.0);
+            *x = T::from_param(T::Param::from_f64(value));
+        }
+        assert_near_reference("cpu", &case, &run(&Cpu::new(), &case));
+    }
+    for shape in [Shape::nchw(16, 3, 80, 80), Shape::nchw(16, 3, 80, 80).channels_last()] {
+        normal::<f16>(shape, [0.0, 30000.0]);
+        normal::<f16>(shape, [60000.0, 500.0]);
+        normal::<f16>(shape, [3e-7, 2e-7]);
+        normal::<bf16>(shape, [0.0, 3.5e18]);
+        normal::<bf16>(shape, [1e19, 3.5e18]);
+        normal::<bf16>(shape, [3e-39, 1e-39]);
     }
 }
 
