@@ -181,7 +181,7 @@ impl Backend for Cpu {
 /// Whether results are written past the caches: where they would not stay there until they are read, and runs are long
 /// enough that few lines are written in two steps.
 fn streams<T: Element>(geometry: &Geometry) -> bool {
-    const CACHED: usize = 4 << 20;
+    const CACHED: usize = 2 << 20;
     const LONG: usize = 512;
     geometry.channels() * geometry.values() * size_of::<T>() > CACHED && geometry.row_len() * size_of::<T>() >= LONG
 }
