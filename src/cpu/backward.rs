@@ -400,7 +400,8 @@ impl<S: Level, T: Element, E: Mask<T>, const TRAINING: bool> Visitor<T::Param>
                 write(level, dx, block, &value, aligned);
             }
             if let Some(dz) = elements.dz {
-                let aligned = aligned && (elements.dx.is_none() || dz.until_aligned(block.at) == 0);
+                let alike = |dx: Sink<'_, T>| dx.until_line(block.at) == dz.until_line(block.at);
+                let aligned = aligned && elements.dx.is_none_or(alike);
                 write(level, dz, block, &gradient, aligned);
             }
         }

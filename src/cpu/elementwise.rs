@@ -6,7 +6,7 @@ use super::coefficients::{Coefficients, MEAN, Table, Uniform};
 use super::geometry::{Geometry, Runs, STRIP, Task};
 use super::memory::{Sink, Source};
 use super::reduce::Block;
-use super::simd::{LANES, Lanes, Level};
+use super::simd::{LANES, LINE, Lanes, Level, blocks, blocks_per_line};
 use crate::element::{Element, Real};
 
 /// In which direction the blocks of a run are visited.
@@ -42,7 +42,8 @@ impl Order {
 }
 
 /// Calls `visitor` with every block of a task. `table` has the coefficients of the task's channels, once. Where `aligned` is
-/// given, blocks start where it may be streamed to, but for the first and the last of what is adjacent.
+/// given, blocks fill whole lines of it, but for the first and the last of what is adjacent: a line that is written partly past
+/// the caches takes as long as many whole ones.
 #[inline(always)]
 pub(super) fn visit<S: Level, P: Real, T: Element, const M: usize>(
     level: S,
@@ -80,20 +81,19 @@ pub(super) fn visit<S: Level, P: Real, T: Element, const M: usize>(
             let period = task.channels.len() * repeats;
             table.repeat(task.channels.len(), repeats);
             // Of several runs, each starts a stride behind the one before: in the same place of a line, or none is streamed.
-            let aligned = aligned.filter(|sink| {
-                runs.count == 1 || sink.until_aligned(runs.start(0)) == sink.until_aligned(runs.start(1))
-            });
+            let aligned = aligned
+                .filter(|sink| runs.count == 1 || sink.until_line(runs.start(0)) == sink.until_line(runs.start(1)));
             let head = head(runs.start(0), runs.len, aligned);
             if head > 0 {
                 for run in 0..runs.count {
-                    visitor.visit(Block::new(runs.start(run), 0, head), table, false);
+                    visit_part(runs.start(run), 0, head, visitor, table);
                 }
             }
             table.start_at(head, period);
             for run in 0..runs.count {
                 let start = runs.start(run);
                 let run = start + head..start + runs.len;
-                visit_blocks(run, period, aligned.is_some(), order, visitor, table);
+                visit_blocks(run, period, multiple_of_lines(aligned), order, visitor, table);
             }
         }
     }
@@ -113,11 +113,13 @@ fn visit_planes<S: Level, P: Real, T: Element, const M: usize>(
 ) {
     debug_assert!(planes.count == 1 || planes.start(1) == planes.start(0) + planes.len);
     let start = planes.start(0);
+    // So that neither what comes before the first line nor what comes behind the last is more than a plane.
+    let aligned = aligned.filter(|_| planes.len >= LINE / size_of::<T>());
     let head = head(start, planes.len, aligned);
-    if head > 0 {
-        visitor.visit(Block::new(start, 0, head), &table.uniform(0), false);
-    }
+    visit_part(start, 0, head, visitor, &table.uniform(0));
     let start = start + head;
+    let whole = (planes.count * planes.len - head) / LANES;
+    let whole = whole - whole % multiple_of_lines(aligned).unwrap_or(1);
     let aligned = aligned.is_some();
     for step in 0..planes.count {
         // What is visited of a plane is the vector that it shares with the plane visited before, and those of its own.
@@ -137,6 +139,7 @@ fn visit_planes<S: Level, P: Real, T: Element, const M: usize>(
         let (first, before) = border(planes, head, plane);
         let first = first + usize::from(before > 0);
         let (end, _) = border(planes, head, plane + 1);
+        let end = end.min(whole);
         let coefficients = table.uniform(plane);
         let vectors = end.saturating_sub(first);
         let (vector, step) = match order {
@@ -151,10 +154,33 @@ fn visit_planes<S: Level, P: Real, T: Element, const M: usize>(
             visit_vectors(at, step, vectors, false, visitor, &coefficients);
         }
     }
-    let (end, rest) = border(planes, head, planes.count);
-    if rest > 0 {
-        let block = Block::new(start + end * LANES, 0, rest);
-        visitor.visit(block, &table.uniform(planes.count - 1), false);
+    let rest = planes.count * planes.len - head - whole * LANES;
+    visit_part(
+        start + whole * LANES,
+        0,
+        rest,
+        visitor,
+        &table.uniform(planes.count - 1),
+    );
+}
+
+/// How many vectors aligned ones come in multiples of, if any are aligned.
+#[inline(always)]
+fn multiple_of_lines<T: Element>(aligned: Option<Sink<'_, T>>) -> Option<usize> {
+    aligned.map(|_| blocks_per_line::<T>())
+}
+
+/// Visits some values, at most a line's, from a position on of the run that starts at `start`, not aligned.
+#[inline(always)]
+fn visit_part<P: Real>(
+    start: usize,
+    position: usize,
+    len: usize,
+    visitor: &impl Visitor<P>,
+    coefficients: &impl Coefficients<P>,
+) {
+    for (at, count) in blocks(len) {
+        visitor.visit(Block::new(start, position + at, count), coefficients, false);
     }
 }
 
@@ -198,32 +224,36 @@ impl<S: Level, P: Real, const M: usize> Coefficients<P> for Border<S, P, M> {
     }
 }
 
-/// How many elements of a run come before the first full block.
+/// How many elements of a run come before the first whole line.
 #[inline(always)]
 fn head<T: Element>(start: usize, len: usize, aligned: Option<Sink<'_, T>>) -> usize {
     match aligned {
-        Some(sink) => sink.until_aligned(start).min(len),
+        Some(sink) => sink.until_line(start).min(len),
         None => 0,
     }
 }
 
 /// What is done with each block.
 pub(super) trait Visitor<P: Real> {
-    /// Does it. `aligned` blocks are full, and begin where the sink that [`visit`] was told of may be streamed to.
+    /// Does it. `aligned` blocks are full, and all those of a line of the sink that [`visit`] was told of are visited.
     fn visit(&self, block: Block, coefficients: &impl Coefficients<P>, aligned: bool);
 }
 
-/// Visits adjacent elements whose coefficients come again after `period` positions. The first is `aligned` or not.
+/// Visits adjacent elements whose coefficients come again after `period` positions. `aligned`, if the first is, has how many
+/// vectors fill a line.
 #[inline(always)]
 fn visit_blocks<P: Real>(
     run: Range<usize>,
     period: usize,
-    aligned: bool,
+    aligned: Option<usize>,
     order: Order,
     visitor: &impl Visitor<P>,
     coefficients: &impl Coefficients<P>,
 ) {
-    let (start, blocks, rest) = (run.start, run.len() / LANES, run.len() % LANES);
+    let start = run.start;
+    let blocks = run.len() / LANES;
+    let blocks = blocks - blocks % aligned.unwrap_or(1);
+    let aligned = aligned.is_some();
     let first = match order {
         Order::Ascending => 0,
         Order::Descending => blocks.saturating_sub(1) * LANES,
@@ -255,14 +285,16 @@ fn visit_blocks<P: Real>(
             Order::Descending => position.wrapping_add(period),
         };
     }
-    if rest > 0 {
-        let full = blocks * LANES;
+    // What is left over, less than a line.
+    let mut at = blocks * LANES;
+    while at < run.len() {
         let block = Block {
-            at: start + full,
-            position: full % period,
-            count: rest,
+            at: start + at,
+            position: at % period,
+            count: (run.len() - at).min(LANES),
         };
         visitor.visit(block, coefficients, false);
+        at += LANES;
     }
 }
 
@@ -280,7 +312,7 @@ pub(super) fn centred<S: Level, P: Real>(
 /// Rounds and writes a block, past the caches if it is `aligned` for that.
 ///
 /// # Safety
-/// As [`Sink::store`]; of an aligned block [`Sink::until_aligned`] is 0, and it is full.
+/// As [`Sink::store`]; an aligned block is as [`Sink::stream`] wants it, and full.
 #[inline(always)]
 pub(super) unsafe fn write<S: Level, T: Element>(
     level: S,

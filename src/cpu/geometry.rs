@@ -163,7 +163,8 @@ impl Geometry {
     /// Number of adjacent elements that a task has in the order of memory, but for the last of several.
     pub(super) fn row_len(&self) -> usize {
         match self {
-            Geometry::Planar(planar) => planar.piece,
+            Geometry::Planar(planar) if planar.pieces > 1 => planar.piece,
+            Geometry::Planar(planar) => planar.group * planar.plane,
             Geometry::Interleaved(interleaved) => interleaved.rows(&self.group(0), &self.part(0)).len,
         }
     }

@@ -6,7 +6,7 @@
 
 use std::marker::PhantomData;
 
-use super::simd::{LANES, Lanes, Level, narrow, stream_alignment, widen};
+use super::simd::{LANES, LINE, Lanes, Level, narrow, stream_alignment, widen};
 use crate::element::Element;
 
 /// What is read. May lie under a [`Sink`] (in-place forms).
@@ -77,7 +77,6 @@ impl<'a, T: Element> Source<'a, T> {
     /// Asks for the memory of the block at `at`, which will be read soon. It need not be inside.
     #[inline(always)]
     pub(super) fn prefetch<S: Level>(self, level: S, at: usize) {
-        const LINE: usize = 64;
         let block = self.start.wrapping_add(at).cast::<u8>();
         let mut byte = 0;
         while byte < size_of::<[T; LANES]>() {
@@ -108,11 +107,14 @@ impl<'a, T: Element> Sink<'a, T> {
         }
     }
 
-    /// How many elements from `at` on until one may be streamed to.
+    /// How many elements from `at` on until a line of memory begins.
     #[inline(always)]
-    pub(super) fn until_aligned(self, at: usize) -> usize {
-        let address = self.start.wrapping_add(at).addr();
-        (address.wrapping_neg() % stream_alignment::<T>()) / size_of::<T>()
+    pub(super) fn until_line(self, at: usize) -> usize {
+        (self.address(at).wrapping_neg() % LINE) / size_of::<T>()
+    }
+
+    fn address(self, at: usize) -> usize {
+        self.start.wrapping_add(at).addr()
     }
 
     /// How many bytes this lies behind `source`, modulo the size of a page, 4096.
@@ -142,10 +144,10 @@ impl<'a, T: Element> Sink<'a, T> {
     /// As [`Sink::store`] of all lanes, past the caches; [`Level::fence`] must follow.
     ///
     /// # Safety
-    /// As [`Sink::store`], and [`Sink::until_aligned`] is 0 there.
+    /// As [`Sink::store`], and a whole number of blocks behind the beginning of a line.
     #[inline(always)]
     pub(super) unsafe fn stream<S: Level>(self, level: S, at: usize, lanes: &Lanes<T::Param>) {
-        debug_assert!(at + LANES <= self.len && self.until_aligned(at) == 0);
+        debug_assert!(at + LANES <= self.len && self.address(at).is_multiple_of(stream_alignment::<T>()));
         let block: [T; LANES] = narrow(level, lanes);
         // SAFETY: the block is inside and aligned.
         unsafe { level.stream(self.start.add(at), &block) };

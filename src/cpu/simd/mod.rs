@@ -205,10 +205,18 @@ unsafe fn copy_few<T>(from: *const T, to: *mut T, count: usize) {
     }
 }
 
-/// What streamed blocks are aligned to: their size, or a cache line where that is less.
+/// Bytes of a line of memory, on all machines that are streamed on.
+pub(super) const LINE: usize = 64;
+
+/// What streamed blocks are aligned to: their size, or a line where that is less.
 pub(super) const fn stream_alignment<T>() -> usize {
     let block = size_of::<[T; LANES]>();
-    if block < 64 { block } else { 64 }
+    if block < LINE { block } else { LINE }
+}
+
+/// Blocks that a line consists of; 1 if a block is a line or several.
+pub(super) const fn blocks_per_line<T>() -> usize {
+    LINE / stream_alignment::<T>()
 }
 
 /// Converts a block to the type of arithmetic.
