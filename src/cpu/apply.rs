@@ -68,7 +68,7 @@ impl<T: Element> Epilogue<T> for AddRelu<'_, T> {
     #[inline(always)]
     unsafe fn finish<S: Level>(self, level: S, block: Block, value: Lanes<T::Param>) -> Lanes<T::Param> {
         // SAFETY: the caller's promise.
-        let z = unsafe { self.z.load(level, block.at, block.count) };
+        let z = unsafe { self.z.load_block(level, block) };
         let sum = level.add(value, z);
         level.pass(sum, sum)
     }
@@ -122,7 +122,7 @@ impl<S: Level, T: Element, E: Epilogue<T>> Visitor<T::Param> for ApplyBlock<'_, 
         // SAFETY: the geometry's blocks are inside tensors of its shape, and no other task has this block. In place, it is
         // read before it is written. What is aligned is so for y.
         unsafe {
-            let x = x.load(level, block.at, block.count);
+            let x = x.load_block(level, block);
             let x = centred(level, x, coefficients, block.position);
             let value = normalised(level, x, coefficients, block.position);
             let value = epilogue.finish(level, block, value);

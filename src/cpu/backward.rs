@@ -74,8 +74,8 @@ impl<T: Element> Mask<T> for Recomputed {
         coefficients: &impl Coefficients<T::Param>,
     ) -> Lanes<T::Param> {
         // As it was stored: rounding can make a 0 of a positive value.
-        let stored: [T; _] = narrow(level, &normalised(level, x, coefficients, block.position));
-        level.pass(dy, widen(level, &stored))
+        let stored: [T; _] = narrow(level, &normalised(level, x, coefficients, block.position), block.lanes);
+        level.pass(dy, widen(level, &stored, block.lanes))
     }
 }
 
@@ -90,7 +90,7 @@ impl<T: Element> Mask<T> for Stored<'_, T> {
         _coefficients: &impl Coefficients<T::Param>,
     ) -> Lanes<T::Param> {
         // SAFETY: the caller's promise.
-        level.pass(dy, unsafe { self.y.load(level, block.at, block.count) })
+        level.pass(dy, unsafe { self.y.load_block(level, block) })
     }
 }
 
@@ -192,8 +192,8 @@ impl<S: Level, T: Element, E: Mask<T>, C: Coefficients<T::Param>> Terms<T::Param
         // SAFETY: the geometry's blocks are inside tensors of its shape. No other task has this block, so that none writes
         // there, in place or not.
         unsafe {
-            let x = sums.x.load(level, block.at, block.count);
-            let dy = sums.dy.load(level, block.at, block.count);
+            let x = sums.x.load_block(level, block);
+            let dy = sums.dy.load_block(level, block);
             let x = centred(level, x, coefficients, block.position);
             let gradient = sums.mask.pass(level, block, dy, x, coefficients);
             [gradient, x]
@@ -384,8 +384,8 @@ impl<S: Level, T: Element, E: Mask<T>, const TRAINING: bool> Visitor<T::Param>
         // SAFETY: the geometry's blocks are inside tensors of its shape, and no other task has this block. In place, it is
         // read before it is written. What is aligned is so for dx, or for dz if there is no dx.
         unsafe {
-            let x = elements.x.load(level, block.at, block.count);
-            let dy = elements.dy.load(level, block.at, block.count);
+            let x = elements.x.load_block(level, block);
+            let dy = elements.dy.load_block(level, block);
             let x = centred(level, x, coefficients, block.position);
             let gradient = elements.mask.pass(level, block, dy, x, coefficients);
             if let Some(dx) = elements.dx {

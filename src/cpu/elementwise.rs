@@ -6,8 +6,8 @@ use super::coefficients::{Coefficients, MEAN, Table, Uniform};
 use super::geometry::{Geometry, Runs, STRIP, Task};
 use super::memory::{Sink, Source};
 use super::reduce::Block;
-use super::simd::{LANES, LINE, Lanes, Level, blocks, blocks_per_line};
-use crate::element::{Element, Real};
+use super::simd::{LANES, LINE, LaneOrder, Lanes, Level, blocks, blocks_per_line};
+use crate::element::{Dtype, Element, Real};
 
 /// In which direction the blocks of a run are visited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +61,7 @@ pub(super) fn visit<S: Level, P: Real, T: Element, const M: usize>(
                     let planes = planar.image_runs(&task.channels, chunk, image);
                     if planes.len < LANES {
                         for plane in 0..planes.count {
-                            let block = Block::new(planes.start(plane), 0, planes.len);
+                            let block = Block::new(planes.start(plane), 0, planes.len).quickest();
                             visitor.visit(block, &table.uniform(plane), false);
                         }
                     } else {
@@ -86,7 +86,9 @@ pub(super) fn visit<S: Level, P: Real, T: Element, const M: usize>(
             let head = head(runs.start(0), runs.len, aligned);
             if head > 0 {
                 for run in 0..runs.count {
-                    visit_part(runs.start(run), 0, head, visitor, table);
+                    for (at, count) in blocks(head) {
+                        visitor.visit(Block::new(runs.start(run), at, count), table, false);
+                    }
                 }
             }
             table.start_at(head, period);
@@ -116,7 +118,7 @@ fn visit_planes<S: Level, P: Real, T: Element, const M: usize>(
     // So that neither what comes before the first line nor what comes behind the last is more than a plane.
     let aligned = aligned.filter(|_| planes.len >= LINE / size_of::<T>());
     let head = head(start, planes.len, aligned);
-    visit_part(start, 0, head, visitor, &table.uniform(0));
+    visit_part(start, head, visitor, &table.uniform(0));
     let start = start + head;
     let whole = (planes.count * planes.len - head) / LANES;
     let whole = whole - whole % multiple_of_lines(aligned).unwrap_or(1);
@@ -133,8 +135,10 @@ fn visit_planes<S: Level, P: Real, T: Element, const M: usize>(
                 level,
                 planes: [table.uniform(shared - 1), table.uniform(shared)],
                 before,
+                bf16: T::DTYPE == Dtype::Bf16,
             };
-            visitor.visit(Block::new(start + vector * LANES, 0, LANES), &both, aligned);
+            let block = Block::new(start + vector * LANES, 0, LANES).quickest();
+            visitor.visit(block, &both, aligned);
         }
         let (first, before) = border(planes, head, plane);
         let first = first + usize::from(before > 0);
@@ -155,13 +159,7 @@ fn visit_planes<S: Level, P: Real, T: Element, const M: usize>(
         }
     }
     let rest = planes.count * planes.len - head - whole * LANES;
-    visit_part(
-        start + whole * LANES,
-        0,
-        rest,
-        visitor,
-        &table.uniform(planes.count - 1),
-    );
+    visit_part(start + whole * LANES, rest, visitor, &table.uniform(planes.count - 1));
 }
 
 /// How many vectors aligned ones come in multiples of, if any are aligned.
@@ -170,17 +168,11 @@ fn multiple_of_lines<T: Element>(aligned: Option<Sink<'_, T>>) -> Option<usize> 
     aligned.map(|_| blocks_per_line::<T>())
 }
 
-/// Visits some values, at most a line's, from a position on of the run that starts at `start`, not aligned.
+/// Visits some values of a plane, which are less than a line and not aligned.
 #[inline(always)]
-fn visit_part<P: Real>(
-    start: usize,
-    position: usize,
-    len: usize,
-    visitor: &impl Visitor<P>,
-    coefficients: &impl Coefficients<P>,
-) {
+fn visit_part<P: Real>(start: usize, len: usize, visitor: &impl Visitor<P>, coefficients: &impl Coefficients<P>) {
     for (at, count) in blocks(len) {
-        visitor.visit(Block::new(start, position + at, count), coefficients, false);
+        visitor.visit(Block::new(start, at, count).quickest(), coefficients, false);
     }
 }
 
@@ -195,7 +187,7 @@ fn visit_vectors<P: Real>(
     coefficients: &impl Coefficients<P>,
 ) {
     for _ in 0..vectors {
-        visitor.visit(Block::new(at, 0, LANES), coefficients, aligned);
+        visitor.visit(Block::new(at, 0, LANES).quickest(), coefficients, aligned);
         at = at.wrapping_add(step);
     }
 }
@@ -213,14 +205,20 @@ struct Border<S, P, const M: usize> {
     planes: [Uniform<P, M>; 2],
     /// How many values are of the first plane.
     before: usize,
+    /// Whether the elements are `bf16`, which [`LaneOrder::Quickest`](super::simd::LaneOrder) may order otherwise.
+    bf16: bool,
 }
 
 impl<S: Level, P: Real, const M: usize> Coefficients<P> for Border<S, P, M> {
     #[inline(always)]
     fn at(&self, index: usize, position: usize) -> Lanes<P> {
         let [first, second] = &self.planes;
-        self.level
-            .join(first.at(index, position), second.at(index, position), self.before)
+        let (first, second) = (first.at(index, position), second.at(index, position));
+        if self.bf16 {
+            self.level.join_bf16(first, second, self.before)
+        } else {
+            self.level.join(first, second, self.before)
+        }
     }
 }
 
@@ -274,6 +272,7 @@ fn visit_blocks<P: Real>(
                 at,
                 position,
                 count: LANES,
+                lanes: LaneOrder::Natural,
             };
             visitor.visit(block, coefficients, aligned);
             at = at.wrapping_add(step);
@@ -292,6 +291,7 @@ fn visit_blocks<P: Real>(
             at: start + at,
             position: at % period,
             count: (run.len() - at).min(LANES),
+            lanes: LaneOrder::Natural,
         };
         visitor.visit(block, coefficients, false);
         at += LANES;
@@ -323,9 +323,9 @@ pub(super) unsafe fn write<S: Level, T: Element>(
 ) {
     if aligned {
         // SAFETY: the caller's promise.
-        unsafe { to.stream(level, block.at, values) };
+        unsafe { to.stream(level, block, values) };
     } else {
         // SAFETY: the caller's promise.
-        unsafe { to.store(level, block.at, block.count, values) };
+        unsafe { to.store_block(level, block, values) };
     }
 }

@@ -6,6 +6,7 @@
 
 use std::marker::PhantomData;
 
+use super::reduce::Block;
 use super::simd::{LANES, LINE, Lanes, Level, narrow, stream_alignment, widen};
 use crate::element::Element;
 
@@ -62,15 +63,27 @@ impl<'a, T: Element> Source<'a, T> {
     /// The elements are inside, and no thread writes them meanwhile.
     #[inline(always)]
     pub(super) unsafe fn load<S: Level>(self, level: S, at: usize, count: usize) -> Lanes<T::Param> {
+        // SAFETY: the caller's promise.
+        unsafe { self.load_block(level, Block::new(at, 0, count)) }
+    }
+
+    /// A block's elements, in the lanes that it wants them in; those beyond its count are zero.
+    ///
+    /// # Safety
+    /// As [`Source::load`].
+    #[inline(always)]
+    pub(super) unsafe fn load_block<S: Level>(self, level: S, block: Block) -> Lanes<T::Param> {
+        let Block { at, count, lanes, .. } = block;
         debug_assert!(count <= LANES && at + count <= self.len);
         if count == LANES {
-            // SAFETY: the block is inside; an array of T is aligned as T.
-            let block = unsafe { self.start.add(at).cast::<[T; LANES]>().read() };
-            widen(level, &block)
+            // Where it lies: of a copy, the compiler would make one load where a conversion is quicker with two.
+            // SAFETY: the block is inside, an array of T is aligned as T, and nothing writes there meanwhile.
+            let block = unsafe { &*self.start.add(at).cast::<[T; LANES]>() };
+            widen(level, block, lanes)
         } else {
             // SAFETY: `count` elements are inside.
             let block = unsafe { level.load_first(self.start.add(at), count) };
-            widen(level, &block)
+            widen(level, &block, lanes)
         }
     }
 
@@ -130,8 +143,19 @@ impl<'a, T: Element> Sink<'a, T> {
     /// The elements are inside, and no other thread accesses them meanwhile.
     #[inline(always)]
     pub(super) unsafe fn store<S: Level>(self, level: S, at: usize, count: usize, lanes: &Lanes<T::Param>) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store_block(level, Block::new(at, 0, count), lanes) };
+    }
+
+    /// Rounds what the lanes have of a block, and writes it there.
+    ///
+    /// # Safety
+    /// As [`Sink::store`].
+    #[inline(always)]
+    pub(super) unsafe fn store_block<S: Level>(self, level: S, block: Block, values: &Lanes<T::Param>) {
+        let Block { at, count, lanes, .. } = block;
         debug_assert!(count <= LANES && at + count <= self.len);
-        let block: [T; LANES] = narrow(level, lanes);
+        let block: [T; LANES] = narrow(level, values, lanes);
         if count == LANES {
             // SAFETY: the block is inside; an array of T is aligned as T.
             unsafe { self.start.add(at).cast::<[T; LANES]>().write(block) };
@@ -141,14 +165,17 @@ impl<'a, T: Element> Sink<'a, T> {
         }
     }
 
-    /// As [`Sink::store`] of all lanes, past the caches; [`Level::fence`] must follow.
+    /// As [`Sink::store_block`] of a full block, past the caches; [`Level::fence`] must follow.
     ///
     /// # Safety
     /// As [`Sink::store`], and a whole number of blocks behind the beginning of a line.
     #[inline(always)]
-    pub(super) unsafe fn stream<S: Level>(self, level: S, at: usize, lanes: &Lanes<T::Param>) {
-        debug_assert!(at + LANES <= self.len && self.address(at).is_multiple_of(stream_alignment::<T>()));
-        let block: [T; LANES] = narrow(level, lanes);
+    pub(super) unsafe fn stream<S: Level>(self, level: S, block: Block, values: &Lanes<T::Param>) {
+        let Block { at, count, lanes, .. } = block;
+        debug_assert!(
+            count == LANES && at + count <= self.len && self.address(at).is_multiple_of(stream_alignment::<T>())
+        );
+        let block: [T; LANES] = narrow(level, values, lanes);
         // SAFETY: the block is inside and aligned.
         unsafe { level.stream(self.start.add(at), &block) };
     }

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::coefficients::Table;
 use super::geometry::{Interleaved, Runs, STREAMS};
-use super::simd::{LANES, Lanes, Level, blocks, splat};
+use super::simd::{LANES, LaneOrder, Lanes, Level, blocks, splat};
 use crate::element::Real;
 
 /// Some adjacent values of a run, not more than [`LANES`].
@@ -21,6 +21,8 @@ pub(super) struct Block {
     pub(super) position: usize,
     /// How many.
     pub(super) count: usize,
+    /// Which lanes they are in.
+    pub(super) lanes: LaneOrder,
 }
 
 impl Block {
@@ -31,6 +33,16 @@ impl Block {
             at: start + position,
             position,
             count,
+            lanes: LaneOrder::Natural,
+        }
+    }
+
+    /// The same values in whichever lanes are quickest.
+    #[inline(always)]
+    pub(super) fn quickest(self) -> Self {
+        Self {
+            lanes: LaneOrder::Quickest,
+            ..self
         }
     }
 }

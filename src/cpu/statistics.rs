@@ -94,7 +94,7 @@ impl<S: Level, T: Element, C: Coefficients<T::Param>> Terms<T::Param> for Deviat
             self.x.prefetch(level, block.at.wrapping_add(ahead));
         }
         // SAFETY: the geometry's blocks are inside a tensor of its shape, and nothing writes x in these passes.
-        let x = unsafe { self.x.load(level, block.at, block.count) };
+        let x = unsafe { self.x.load_block(level, block) };
         let offset = self.coefficients.at(OFFSET, block.position);
         match T::DTYPE {
             Dtype::F16 => {

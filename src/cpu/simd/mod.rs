@@ -71,6 +71,15 @@ impl Iterator for Blocks {
     }
 }
 
+/// Which lane has which element of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LaneOrder {
+    /// Each has the one of its number.
+    Natural,
+    /// What takes the level least when it converts the type of the elements: for work that is the same for all of them.
+    Quickest,
+}
+
 /// Work that is compiled for every instruction set. `run` and all it calls must be `#[inline(always)]`: a function that is
 /// not inlined into [`Simd::run`]'s is compiled without the instructions. A closure cannot be told so, and the compiler
 /// decides by its size and by how often it is called; hence traits where one would expect closures.
@@ -120,6 +129,12 @@ pub(super) trait Level: Copy {
         lanes(|i| if i < count { first[i] } else { second[i] })
     }
 
+    /// As [`Level::join`], where lanes lie as [`LaneOrder::Quickest`] has the elements of a block of `bf16`.
+    #[inline(always)]
+    fn join_bf16<P: Real>(self, first: Lanes<P>, second: Lanes<P>, count: usize) -> Lanes<P> {
+        self.join(first, second, count)
+    }
+
     /// Converts exactly.
     fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32>;
 
@@ -128,14 +143,14 @@ pub(super) trait Level: Copy {
 
     /// Converts exactly.
     #[inline(always)]
-    fn widen_bf16(self, block: &[bf16; LANES]) -> Lanes<f32> {
+    fn widen_bf16(self, block: &[bf16; LANES], _order: LaneOrder) -> Lanes<f32> {
         lanes(|i| block[i].to_f32())
     }
 
     /// Rounds to nearest even. The lower half of a NaN must be zero, as in those that arithmetic makes of nothing or of `bf16`: so
     /// it need not be told from numbers.
     #[inline(always)]
-    fn narrow_bf16(self, lanes: &Lanes<f32>) -> [bf16; LANES] {
+    fn narrow_bf16(self, lanes: &Lanes<f32>, _order: LaneOrder) -> [bf16; LANES] {
         lanes.map(bf16_from_f32)
     }
 
@@ -221,13 +236,13 @@ pub(super) const fn blocks_per_line<T>() -> usize {
 
 /// Converts a block to the type of arithmetic.
 #[inline(always)]
-pub(super) fn widen<S: Level, T: Element>(level: S, block: &[T; LANES]) -> Lanes<T::Param> {
+pub(super) fn widen<S: Level, T: Element>(level: S, block: &[T; LANES], order: LaneOrder) -> Lanes<T::Param> {
     let block: &dyn Any = block;
     // The casts compare types that are known when this is compiled, so that nothing of them is left in the program.
     if let Some(block) = block.downcast_ref::<[f16; LANES]>() {
         same_type(level.widen_f16(block))
     } else if let Some(block) = block.downcast_ref::<[bf16; LANES]>() {
-        same_type(level.widen_bf16(block))
+        same_type(level.widen_bf16(block, order))
     } else if let Some(block) = block.downcast_ref::<Lanes<T::Param>>() {
         *block
     } else {
@@ -237,14 +252,14 @@ pub(super) fn widen<S: Level, T: Element>(level: S, block: &[T; LANES]) -> Lanes
 
 /// Rounds to the type of the tensor.
 #[inline(always)]
-pub(super) fn narrow<S: Level, T: Element>(level: S, values: &Lanes<T::Param>) -> [T; LANES] {
+pub(super) fn narrow<S: Level, T: Element>(level: S, values: &Lanes<T::Param>, order: LaneOrder) -> [T; LANES] {
     let values: &dyn Any = values;
     if T::DTYPE == crate::Dtype::F16 {
         let values = values.downcast_ref::<Lanes<f32>>().expect("f16 is computed in f32");
         same_type(level.narrow_f16(values))
     } else if T::DTYPE == crate::Dtype::Bf16 {
         let values = values.downcast_ref::<Lanes<f32>>().expect("bf16 is computed in f32");
-        same_type(level.narrow_bf16(values))
+        same_type(level.narrow_bf16(values, order))
     } else {
         *values
             .downcast_ref::<[T; LANES]>()

@@ -5,7 +5,7 @@ use std::mem::{transmute_copy, zeroed};
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, Lanes, Level};
+use super::{Kernel, LANES, LaneOrder, Lanes, Level};
 use crate::element::{Element, Real};
 
 /// A method of a [`Level`] that applies an intrinsic to each vector of its operands: `$single` to those of `f32`, `$double`
@@ -114,6 +114,19 @@ unsafe fn load_first_u16(from: *const u16, count: usize) -> [u16; LANES] {
     unsafe { std::mem::transmute(halves) }
 }
 
+/// The bits of `first` where the masks have ones, those of `second` elsewhere, vector by vector.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn blend_256<const V: usize>(first: [__m256i; V], second: [__m256i; V], masks: [__m256i; V]) -> [__m256i; V] {
+    let mut result = second;
+    for (result, (first, mask)) in result.iter_mut().zip(first.into_iter().zip(masks)) {
+        // Not as one instruction, which would be more than one where either is zero.
+        let first = _mm256_and_si256(mask, first);
+        *result = _mm256_or_si256(first, _mm256_andnot_si256(mask, *result));
+    }
+    result
+}
+
 /// 0 where `y <= 0`, else the value.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -161,15 +174,14 @@ fn upper_halves_256(twice: __m256i) -> __m256i {
     _mm256_shuffle_epi8(twice, unsafe { std::mem::transmute::<[i8; 32], __m256i>(FROM) })
 }
 
-/// The bits of values rounded to `bf16`, to nearest even, in the lower halves.
+/// The bits of values rounded to `bf16`, to nearest even, in the upper halves; what the lower ones have means nothing.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn bf16_bits_256(values: __m256) -> __m256i {
+fn nearest_bf16_256(values: __m256) -> __m256i {
     // As `bf16_from_f32`, which says why.
     let bits = _mm256_castps_si256(values);
     let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-    let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    _mm256_srli_epi32::<16>(nearest)
+    _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)))
 }
 
 /// The bits of values rounded to `bf16`, to nearest even, in the lower halves. Not by the conversion of AVX512-BF16, which
@@ -240,27 +252,32 @@ impl Level for Avx2 {
 
     #[inline(always)]
     fn join<P: Real>(self, first: Lanes<P>, second: Lanes<P>, count: usize) -> Lanes<P> {
-        /// Vector by vector.
-        #[inline]
-        #[target_feature(enable = "avx2")]
-        fn blend<const V: usize>(first: [__m256i; V], second: [__m256i; V], masks: [__m256i; V]) -> [__m256i; V] {
-            let mut result = second;
-            for (result, (first, mask)) in result.iter_mut().zip(first.into_iter().zip(masks)) {
-                // Not as one instruction, which would be more than one where either is zero.
-                let first = _mm256_and_si256(mask, first);
-                *result = _mm256_or_si256(first, _mm256_andnot_si256(mask, *result));
-            }
-            result
-        }
         // SAFETY: as for the operations above.
         unsafe {
             if size_of::<P>() == size_of::<f32>() {
                 let masks = first_256::<f32, 2>(count);
-                transmute_copy(&blend::<2>(transmute_copy(&first), transmute_copy(&second), masks))
+                transmute_copy(&blend_256::<2>(transmute_copy(&first), transmute_copy(&second), masks))
             } else {
                 let masks = first_256::<f64, 4>(count);
-                transmute_copy(&blend::<4>(transmute_copy(&first), transmute_copy(&second), masks))
+                transmute_copy(&blend_256::<4>(transmute_copy(&first), transmute_copy(&second), masks))
             }
+        }
+    }
+
+    #[inline(always)]
+    fn join_bf16<P: Real>(self, first: Lanes<P>, second: Lanes<P>, count: usize) -> Lanes<P> {
+        assert_eq!(size_of::<P>(), size_of::<f32>(), "bf16 is computed in f32");
+        // SAFETY: as for the operations above.
+        unsafe {
+            // As `widen_bf16` has them: those at even places, of which there is one more if the count is odd, and those
+            // at odd ones.
+            let [even, _] = first_256::<f32, 2>(count.div_ceil(2));
+            let [odd, _] = first_256::<f32, 2>(count / 2);
+            transmute_copy(&blend_256::<2>(
+                transmute_copy(&first),
+                transmute_copy(&second),
+                [even, odd],
+            ))
         }
     }
 
@@ -315,9 +332,15 @@ impl Level for Avx2 {
     }
 
     #[inline(always)]
-    fn widen_bf16(self, block: &[bf16; LANES]) -> Lanes<f32> {
+    fn widen_bf16(self, block: &[bf16; LANES], order: LaneOrder) -> Lanes<f32> {
         // SAFETY: as in `widen_f16`, with AVX2 instead of F16C.
         unsafe {
+            if order == LaneOrder::Quickest {
+                // Those at even places, then those at odd ones, which are upper halves as they are.
+                let block = _mm256_loadu_si256(block.as_ptr().cast());
+                let odd = _mm256_and_si256(block, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+                return std::mem::transmute([_mm256_slli_epi32::<16>(block), odd]);
+            }
             let low = _mm256_broadcastsi128_si256(_mm_loadu_si128(block.as_ptr().cast()));
             let high = _mm256_broadcastsi128_si256(_mm_loadu_si128(block.as_ptr().add(LANES / 2).cast()));
             std::mem::transmute([upper_halves_256(low), upper_halves_256(high)])
@@ -325,15 +348,20 @@ impl Level for Avx2 {
     }
 
     #[inline(always)]
-    fn narrow_bf16(self, lanes: &Lanes<f32>) -> [bf16; LANES] {
+    fn narrow_bf16(self, lanes: &Lanes<f32>, order: LaneOrder) -> [bf16; LANES] {
         // SAFETY: as in `widen_bf16`.
         unsafe {
-            let low = _mm256_loadu_ps(lanes.as_ptr());
-            let high = _mm256_loadu_ps(lanes.as_ptr().add(LANES / 2));
+            let low = nearest_bf16_256(_mm256_loadu_ps(lanes.as_ptr()));
+            let high = nearest_bf16_256(_mm256_loadu_ps(lanes.as_ptr().add(LANES / 2)));
+            let low = _mm256_srli_epi32::<16>(low);
+            if order == LaneOrder::Quickest {
+                const ODD: i32 = 0b1010_1010;
+                return std::mem::transmute(_mm256_blend_epi16::<ODD>(low, high));
+            }
+            let high = _mm256_srli_epi32::<16>(high);
             // Packs the 128-bit halves apart from each other, so the two middle quarters must change places.
             std::mem::transmute(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(
-                bf16_bits_256(low),
-                bf16_bits_256(high),
+                low, high,
             )))
         }
     }
@@ -445,7 +473,7 @@ impl Level for Avx512 {
     }
 
     #[inline(always)]
-    fn widen_bf16(self, block: &[bf16; LANES]) -> Lanes<f32> {
+    fn widen_bf16(self, block: &[bf16; LANES], _order: LaneOrder) -> Lanes<f32> {
         // SAFETY: as in `widen_f16`.
         unsafe {
             let block = _mm512_cvtepu16_epi32(_mm256_loadu_si256(block.as_ptr().cast()));
@@ -454,7 +482,7 @@ impl Level for Avx512 {
     }
 
     #[inline(always)]
-    fn narrow_bf16(self, lanes: &Lanes<f32>) -> [bf16; LANES] {
+    fn narrow_bf16(self, lanes: &Lanes<f32>, _order: LaneOrder) -> [bf16; LANES] {
         // SAFETY: as in `widen_f16`.
         unsafe {
             let bits = bf16_bits_512(_mm512_loadu_ps(lanes.as_ptr()));
