@@ -54,6 +54,11 @@ fn large_half_tensors_agree_with_the_reference() {
 /// Where tensors lie decides where vectors and streamed lines begin, and nothing else.
 #[test]
 fn addresses_change_no_bit() {
+    addresses_change_nothing::<f32>();
+    addresses_change_nothing::<bf16>();
+}
+
+fn addresses_change_nothing<T: Element>() {
     let mut random = Random::new(21);
     for shape in [
         Shape::nchw(9, 3, 199, 201),
@@ -61,7 +66,7 @@ fn addresses_change_no_bit() {
         Shape::nchw(2, 17, 5, 5),
     ] {
         for shape in [shape, shape.channels_last()] {
-            let case = Case::<f32>::random(&mut random, shape, Epilogue::AddRelu);
+            let case = Case::<T>::random(&mut random, shape, Epilogue::AddRelu);
             let aligned = run(&Cpu::new(), &case);
             for offsets in [[1, 0, 0, 0, 0, 0], [3, 7, 1, 5, 11, 13], [0, 16, 8, 4, 2, 1]] {
                 let form = Form {

@@ -160,7 +160,8 @@ impl Geometry {
         }
     }
 
-    /// Number of adjacent elements that a task has in the order of memory, but for the last of several.
+    /// Number of adjacent elements that a task has in the order of memory, but for the last of several: those of a group's planes,
+    /// if they are whole.
     pub(super) fn row_len(&self) -> usize {
         match self {
             Geometry::Planar(planar) if planar.pieces > 1 => planar.piece,

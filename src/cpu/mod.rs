@@ -179,7 +179,8 @@ impl Backend for Cpu {
 }
 
 /// Whether results are written past the caches: where they would not stay there until they are read, and runs are long
-/// enough that few lines are written in two steps.
+/// enough that few lines are written in two steps. On an EPYC with 512 KB and 32 MB of cache, evaluation of 1.6 MB is slower
+/// that way, and nearly everything of 3.2 MB faster.
 fn streams<T: Element>(geometry: &Geometry) -> bool {
     const CACHED: usize = 2 << 20;
     const LONG: usize = 512;

@@ -52,8 +52,8 @@ impl<T: Element> Kernel for TaskStatistics<'_, T> {
     }
 }
 
-/// What x - C is multiplied by before it is summed up, so that no sum of squares overflows before their mean does. A power of two,
-/// which rounds nothing: `bf16` has the exponents of `f32`, but the spacing of its smallest numbers is 2^16 times as wide. Squares
+/// What x - C is multiplied by before it is summed up, so that no sum of squares overflows before their mean does: a chunk has
+/// fewer values than 1 / its square. A power of two, which rounds nothing: `bf16` has the exponents of `f32`, but the spacing of its smallest numbers is 2^16 times as wide. Squares
 /// of `f16` are far from the largest `f32`. Where elements are as precise as parameters, there is no such room at the lower
 /// end: of two equal factors, one is divided by the number of values instead (see [`Divisor`]), which is one operation more.
 const fn scale(dtype: Dtype) -> f64 {

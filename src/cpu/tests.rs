@@ -2,6 +2,7 @@
 //! Numbers are held against the reference in `tests/`.
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 
 use half::{bf16, f16};
 use rayon::ThreadPoolBuilder;
@@ -11,7 +12,7 @@ use super::elementwise::{Order, Visitor, visit};
 use super::geometry::{Geometry, STRIP, Task};
 use super::memory::{Sink, Source};
 use super::reduce::{Block, Tree, pairwise};
-use super::simd::{Kernel, LANES, Level, Simd, blocks, narrow, widen};
+use super::simd::{Kernel, LANES, LINE, LaneOrder, Level, Simd, blocks, narrow, widen};
 use super::{Cpu, forward, gradients};
 use crate::BatchNorm2d;
 use crate::backend::{
@@ -152,6 +153,8 @@ fn tasks_have_every_element_once_with_its_channel() {
 /// Notes which elements it is shown, each with its coefficient, and where aligned blocks begin.
 #[derive(Default)]
 struct Recorder {
+    /// Which element of a block each lane has in [`LaneOrder::Quickest`].
+    quickest: [usize; LANES],
     shown: RefCell<Vec<(usize, f32)>>,
     aligned: RefCell<Vec<usize>>,
 }
@@ -159,8 +162,15 @@ struct Recorder {
 impl Visitor<f32> for Recorder {
     fn visit(&self, block: Block, coefficients: &impl Coefficients<f32>, aligned: bool) {
         let values = coefficients.at(0, block.position);
-        let shown = (0..block.count).map(|lane| (block.at + lane, values[lane]));
-        self.shown.borrow_mut().extend(shown);
+        for (lane, value) in values.into_iter().enumerate() {
+            let element = match block.lanes {
+                LaneOrder::Natural => lane,
+                LaneOrder::Quickest => self.quickest[lane],
+            };
+            if element < block.count {
+                self.shown.borrow_mut().push((block.at + element, value));
+            }
+        }
         if aligned {
             assert_eq!(block.count, LANES);
             self.aligned.borrow_mut().push(block.at);
@@ -168,15 +178,28 @@ impl Visitor<f32> for Recorder {
     }
 }
 
+/// Which element of a block each lane has.
+struct Quickest<T>(PhantomData<T>);
+
+impl<T: Element<Param = f32>> Kernel for Quickest<T> {
+    type Output = [usize; LANES];
+
+    #[inline(always)]
+    fn run<S: Level>(self, level: S) -> [usize; LANES] {
+        let numbers: [T; LANES] = std::array::from_fn(|i| T::from_param(i as f32));
+        widen(level, &numbers, LaneOrder::Quickest).map(|element| element as usize)
+    }
+}
+
 /// Visits all tasks, each channel's number being its coefficient.
-struct VisitAll<'a> {
+struct VisitAll<'a, T> {
     geometry: &'a Geometry,
-    aligned: Option<Sink<'a, f32>>,
+    aligned: Option<Sink<'a, T>>,
     order: Order,
     recorder: &'a Recorder,
 }
 
-impl Kernel for VisitAll<'_> {
+impl<T: Element<Param = f32>> Kernel for VisitAll<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -208,17 +231,25 @@ impl Kernel for VisitAll<'_> {
 
 #[test]
 fn both_orders_visit_every_element_with_its_channel() {
+    visits_every_element_with_its_channel::<f32>();
+    visits_every_element_with_its_channel::<bf16>();
+}
+
+fn visits_every_element_with_its_channel<T: Element<Param = f32>>() {
     for (shape, geometry) in geometries() {
         let expected: Vec<(usize, f32)> = (0..len(shape))
             .map(|index| (index, channel_of(shape, index) as f32))
             .collect();
-        let mut memory = vec![0.0; len(shape) + 1];
+        let mut memory = vec![T::default(); len(shape) + 1];
         for simd in Simd::all() {
             for order in [Order::Ascending, Order::Descending] {
-                // Of these sinks at most one begins where it may be streamed to.
+                // Of these sinks at most one begins with a line.
                 for skipped in [None, Some(0), Some(1)] {
                     let aligned = skipped.map(|skipped| Sink::from(&mut memory[skipped..][..len(shape)]));
-                    let recorder = Recorder::default();
+                    let recorder = Recorder {
+                        quickest: simd.run(Quickest::<T>(PhantomData)),
+                        ..Recorder::default()
+                    };
                     simd.run(VisitAll {
                         geometry: &geometry,
                         aligned,
@@ -228,8 +259,17 @@ fn both_orders_visit_every_element_with_its_channel() {
                     let mut visited = recorder.shown.into_inner();
                     visited.sort_by_key(|&(index, _)| index);
                     assert!(visited == expected, "{shape} {simd:?} {order:?} {skipped:?}");
-                    for at in recorder.aligned.into_inner() {
-                        assert_eq!(aligned.unwrap().until_aligned(at), 0, "{shape} {simd:?} {order:?}");
+                    let mut streamed = recorder.aligned.into_inner();
+                    streamed.sort();
+                    let per_line = (LINE / size_of::<[T; LANES]>()).max(1);
+                    for line in streamed.chunks(per_line) {
+                        assert_eq!(aligned.unwrap().until_line(line[0]), 0, "{shape} {simd:?} {order:?}");
+                        assert_eq!(
+                            line.len(),
+                            per_line,
+                            "a line is streamed in part: {shape} {simd:?} {order:?}"
+                        );
+                        assert!(line.windows(2).all(|pair| pair[1] - pair[0] == LANES));
                     }
                 }
             }
@@ -363,9 +403,26 @@ macro_rules! kernel {
     };
 }
 
-kernel!(WidenF16 { block: &'a [f16; LANES] } -> [f32; LANES], |this, level| widen(level, this.block));
-kernel!(NarrowF16 { values: &'a [f32; LANES] } -> [f16; LANES], |this, level| narrow(level, this.values));
-kernel!(NarrowBf16 { values: &'a [f32; LANES] } -> [bf16; LANES], |this, level| narrow(level, this.values));
+kernel!(WidenF16 { block: &'a [f16; LANES] } -> [f32; LANES], |this, level| widen(level, this.block, LaneOrder::Natural));
+kernel!(NarrowF16 { values: &'a [f32; LANES] } -> [f16; LANES],
+    |this, level| narrow(level, this.values, LaneOrder::Natural));
+kernel!(NarrowBf16 { values: &'a [f32; LANES] } -> [bf16; LANES],
+    |this, level| narrow(level, this.values, LaneOrder::Natural));
+kernel!(WidenBf16 { block: &'a [bf16; LANES] } -> [f32; LANES],
+    |this, level| widen(level, this.block, LaneOrder::Natural));
+kernel!(ThereAndBack { block: &'a [bf16; LANES] } -> [bf16; LANES], |this, level| {
+    let wide = widen(level, this.block, LaneOrder::Quickest);
+    narrow(level, &wide, LaneOrder::Quickest)
+});
+kernel!(NarrowOneByOne { values: &'a [f32; LANES] } -> [bf16; LANES], |this, level| {
+    // Each value into the lane whose element has its number.
+    let values = Quickest::<bf16>(PhantomData).run(level).map(|element| this.values[element]);
+    narrow(level, &values, LaneOrder::Quickest)
+});
+kernel!(JoinBf16 { first: &'a [bf16; LANES], second: &'a [bf16; LANES], count: usize } -> [bf16; LANES], |this, level| {
+    let [first, second] = [this.first, this.second].map(|block| widen(level, block, LaneOrder::Quickest));
+    narrow(level, &level.join_bf16(first, second, this.count), LaneOrder::Quickest)
+});
 
 /// Around every rounding boundary, with every exponent, and NaN and infinity.
 fn values_to_round() -> impl Iterator<Item = f32> {
@@ -386,6 +443,22 @@ fn every_instruction_set_converts_as_half_does() {
                 assert!(same, "{simd:?}: {half:?} became {wide}");
             }
         }
+        for start in (0..=u16::MAX).step_by(LANES) {
+            let block: [bf16; LANES] = std::array::from_fn(|i| bf16::from_bits(start + i as u16));
+            let wide = simd.run(WidenBf16 { block: &block });
+            let back = simd.run(ThereAndBack { block: &block });
+            for i in 0..LANES {
+                let same = wide[i].to_bits() == block[i].to_f32().to_bits() && back[i] == block[i];
+                let nan = block[i].is_nan() && wide[i].is_nan() && back[i].is_nan();
+                assert!(
+                    same || nan,
+                    "{simd:?}: {:?} became {} and {:?}",
+                    block[i],
+                    wide[i],
+                    back[i]
+                );
+            }
+        }
         let values: Vec<f32> = values_to_round().collect();
         let (chunks, []) = values.as_chunks::<LANES>() else {
             panic!("65536 times something is a multiple of 16");
@@ -398,6 +471,12 @@ fn every_instruction_set_converts_as_half_does() {
                 f32::from_bits(if value.is_nan() { bits & 0xffff_0000 } else { bits })
             });
             let to_bf16 = simd.run(NarrowBf16 { values: &for_bf16 });
+            let in_other_lanes = simd.run(NarrowOneByOne { values: &for_bf16 });
+            assert_eq!(
+                in_other_lanes.map(bf16::to_bits),
+                to_bf16.map(bf16::to_bits),
+                "{simd:?}"
+            );
             for i in 0..LANES {
                 let (f16, bf16) = (f16::from_f32(values[i]), bf16::from_f32(for_bf16[i]));
                 let nan = values[i].is_nan();
@@ -499,6 +578,13 @@ fn lanes_are_joined_bit_by_bit() {
                 count,
             });
             assert_eq!(single.map(f64::from), expected, "{simd:?} {count}");
+            let [first_half, second_half] = [first, second].map(|values| values.map(bf16::from_f64));
+            let halves = simd.run(JoinBf16 {
+                first: &first_half,
+                second: &second_half,
+                count,
+            });
+            assert_eq!(halves.map(bf16::to_f64), expected, "{simd:?} {count}");
             let (first, second) = (&first, &second);
             assert_eq!(simd.run(Join64 { first, second, count }), expected, "{simd:?} {count}");
         }
@@ -702,6 +788,8 @@ fn instruction_sets_agree_bit_for_bit_past_the_caches() {
     agree::<f32>(Shape::nchw(9, 3, 199, 201).channels_last(), Epilogue::Identity);
     agree::<f16>(Shape::nchw(5, 512, 30, 30).channels_last(), Epilogue::Identity);
     agree::<f64>(Shape::nchw(5, 3, 199, 201).channels_last(), Epilogue::Identity);
+    // Small planes, of which many share a line with the next one.
+    agree::<bf16>(Shape::nchw(33, 180, 14, 14), Epilogue::AddRelu);
     // Rows of a part of the channels, each of which starts elsewhere in a line than the one before.
     agree::<f32>(Shape::nchw(4, 300, 30, 30).channels_last(), Epilogue::AddRelu);
     agree::<f16>(Shape::nchw(2200, 1000, 1, 1), Epilogue::Identity);
