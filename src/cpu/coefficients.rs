@@ -93,6 +93,19 @@ impl<P: Real, const M: usize> Table<P, M> {
         }
     }
 
+    /// Puts each of the vectors that the first `period` positions consist of into the lanes in which [`LaneOrder::Quickest`] has
+    /// the elements of a block of `bf16`.
+    ///
+    /// [`LaneOrder::Quickest`]: super::simd::LaneOrder::Quickest
+    #[inline(always)]
+    pub(super) fn order_for_bf16<S: Level>(&mut self, level: S, period: usize) {
+        for row in &mut self.0 {
+            for values in row[..period].as_chunks_mut::<LANES>().0 {
+                *values = level.lanes_of_bf16(*values);
+            }
+        }
+    }
+
     /// Adds the repetitions of the first `channels` positions to these.
     #[inline(always)]
     pub(super) fn fold(&mut self, channels: usize, repeats: usize) {

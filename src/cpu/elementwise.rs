@@ -92,10 +92,21 @@ pub(super) fn visit<S: Level, P: Real, T: Element, const M: usize>(
                 }
             }
             table.start_at(head, period);
+            // Vectors may be in other lanes if none starts amidst those of the table.
+            let other_lanes = T::DTYPE == Dtype::Bf16 && period.is_multiple_of(LANES);
+            if other_lanes {
+                table.order_for_bf16(level, period);
+            }
+            let per_line = multiple_of_lines(aligned);
             for run in 0..runs.count {
                 let start = runs.start(run);
                 let run = start + head..start + runs.len;
-                visit_blocks(run, period, multiple_of_lines(aligned), order, visitor, table);
+                // Asked here and not in the loop, as for planes.
+                if other_lanes {
+                    visit_blocks(run, period, per_line, LaneOrder::Quickest, order, visitor, table);
+                } else {
+                    visit_blocks(run, period, per_line, LaneOrder::Natural, order, visitor, table);
+                }
             }
         }
     }
@@ -244,6 +255,7 @@ fn visit_blocks<P: Real>(
     run: Range<usize>,
     period: usize,
     aligned: Option<usize>,
+    lanes: LaneOrder,
     order: Order,
     visitor: &impl Visitor<P>,
     coefficients: &impl Coefficients<P>,
@@ -272,7 +284,7 @@ fn visit_blocks<P: Real>(
                 at,
                 position,
                 count: LANES,
-                lanes: LaneOrder::Natural,
+                lanes,
             };
             visitor.visit(block, coefficients, aligned);
             at = at.wrapping_add(step);
@@ -291,7 +303,7 @@ fn visit_blocks<P: Real>(
             at: start + at,
             position: at % period,
             count: (run.len() - at).min(LANES),
-            lanes: LaneOrder::Natural,
+            lanes,
         };
         visitor.visit(block, coefficients, false);
         at += LANES;

@@ -135,6 +135,12 @@ pub(super) trait Level: Copy {
         self.join(first, second, count)
     }
 
+    /// Values of elements, in the lanes that [`LaneOrder::Quickest`] has the elements of a block of `bf16` in.
+    #[inline(always)]
+    fn lanes_of_bf16<P: Real>(self, values: Lanes<P>) -> Lanes<P> {
+        values
+    }
+
     /// Converts exactly.
     fn widen_f16(self, block: &[f16; LANES]) -> Lanes<f32>;
 

@@ -5,7 +5,7 @@ use std::mem::{transmute_copy, zeroed};
 
 use half::{bf16, f16};
 
-use super::{Kernel, LANES, LaneOrder, Lanes, Level};
+use super::{Kernel, LANES, LaneOrder, Lanes, Level, lanes};
 use crate::element::{Element, Real};
 
 /// A method of a [`Level`] that applies an intrinsic to each vector of its operands: `$single` to those of `f32`, `$double`
@@ -279,6 +279,11 @@ impl Level for Avx2 {
                 [even, odd],
             ))
         }
+    }
+
+    #[inline(always)]
+    fn lanes_of_bf16<P: Real>(self, values: Lanes<P>) -> Lanes<P> {
+        lanes(|lane| values[2 * lane % LANES + 2 * lane / LANES])
     }
 
     #[inline(always)]
