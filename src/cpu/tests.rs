@@ -231,47 +231,62 @@ impl<T: Element<Param = f32>> Kernel for VisitAll<'_, T> {
 
 #[test]
 fn both_orders_visit_every_element_with_its_channel() {
-    visits_every_element_with_its_channel::<f32>();
-    visits_every_element_with_its_channel::<bf16>();
+    for (shape, geometry) in geometries() {
+        // Of these sinks at most one begins with a line.
+        for skipped in [None, Some(0), Some(1)] {
+            visits_every_element_with_its_channel::<f32>(shape, geometry, skipped);
+            visits_every_element_with_its_channel::<bf16>(shape, geometry, skipped);
+        }
+    }
 }
 
-fn visits_every_element_with_its_channel<T: Element<Param = f32>>() {
-    for (shape, geometry) in geometries() {
-        let expected: Vec<(usize, f32)> = (0..len(shape))
-            .map(|index| (index, channel_of(shape, index) as f32))
-            .collect();
-        let mut memory = vec![T::default(); len(shape) + 1];
-        for simd in Simd::all() {
-            for order in [Order::Ascending, Order::Descending] {
-                // Of these sinks at most one begins with a line.
-                for skipped in [None, Some(0), Some(1)] {
-                    let aligned = skipped.map(|skipped| Sink::from(&mut memory[skipped..][..len(shape)]));
-                    let recorder = Recorder {
-                        quickest: simd.run(Quickest::<T>(PhantomData)),
-                        ..Recorder::default()
-                    };
-                    simd.run(VisitAll {
-                        geometry: &geometry,
-                        aligned,
-                        order,
-                        recorder: &recorder,
-                    });
-                    let mut visited = recorder.shown.into_inner();
-                    visited.sort_by_key(|&(index, _)| index);
-                    assert!(visited == expected, "{shape} {simd:?} {order:?} {skipped:?}");
-                    let mut streamed = recorder.aligned.into_inner();
-                    streamed.sort();
-                    let per_line = (LINE / size_of::<[T; LANES]>()).max(1);
-                    for line in streamed.chunks(per_line) {
-                        assert_eq!(aligned.unwrap().until_line(line[0]), 0, "{shape} {simd:?} {order:?}");
-                        assert_eq!(
-                            line.len(),
-                            per_line,
-                            "a line is streamed in part: {shape} {simd:?} {order:?}"
-                        );
-                        assert!(line.windows(2).all(|pair| pair[1] - pair[0] == LANES));
-                    }
-                }
+/// Short planes behind each other, and rows of a part of the channels, which start in one place of a line or not.
+#[test]
+fn both_orders_visit_what_begins_anywhere_in_a_line() {
+    let planes = (1..=70).map(|len| Shape::nchw(2, 5, 1, len));
+    let rows = [257, 272, 288, 320, 513, 768].map(|channels| Shape::nchw(1, channels, 1, 3).channels_last());
+    for shape in planes.chain(rows) {
+        for skipped in [0, 3, 8, 15, 16, 24, 31] {
+            visits_every_element_with_its_channel::<f32>(shape, Geometry::new(shape), Some(skipped));
+            visits_every_element_with_its_channel::<bf16>(shape, Geometry::new(shape), Some(skipped));
+        }
+    }
+}
+
+/// In a tensor that begins so many elements behind where memory was allocated, if lines are to be streamed.
+fn visits_every_element_with_its_channel<T: Element<Param = f32>>(
+    shape: Shape,
+    geometry: Geometry,
+    skipped: Option<usize>,
+) {
+    let expected: Vec<(usize, f32)> = (0..len(shape))
+        .map(|index| (index, channel_of(shape, index) as f32))
+        .collect();
+    let mut memory = vec![T::default(); len(shape) + skipped.unwrap_or(0)];
+    let aligned = skipped.map(|skipped| Sink::from(&mut memory[skipped..]));
+    for simd in Simd::all() {
+        for order in [Order::Ascending, Order::Descending] {
+            let case = format!("{shape} {} {simd:?} {order:?} {skipped:?}", T::DTYPE);
+            let recorder = Recorder {
+                quickest: simd.run(Quickest::<T>(PhantomData)),
+                ..Recorder::default()
+            };
+            simd.run(VisitAll {
+                geometry: &geometry,
+                aligned,
+                order,
+                recorder: &recorder,
+            });
+            let mut visited = recorder.shown.into_inner();
+            visited.sort_by_key(|&(index, _)| index);
+            assert!(visited == expected, "{case}");
+            let mut streamed = recorder.aligned.into_inner();
+            streamed.sort();
+            for line in streamed.chunks((LINE / size_of::<[T; LANES]>()).max(1)) {
+                let whole = line.len() * size_of::<[T; LANES]>() >= LINE;
+                let adjacent = line.windows(2).all(|pair| pair[1] - pair[0] == LANES);
+                assert!(whole && adjacent, "a line is streamed in part: {case}");
+                assert_eq!(aligned.unwrap().until_line(line[0]), 0, "{case}");
             }
         }
     }
