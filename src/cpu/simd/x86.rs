@@ -344,7 +344,7 @@ impl Level for Avx2 {
                 // Those at even places, then those at odd ones, which are upper halves as they are.
                 let block = _mm256_loadu_si256(block.as_ptr().cast());
                 let odd = _mm256_and_si256(block, _mm256_set1_epi32(0xffff_0000_u32 as i32));
-                return std::mem::transmute([_mm256_slli_epi32::<16>(block), odd]);
+                return std::mem::transmute::<[__m256i; 2], Lanes<f32>>([_mm256_slli_epi32::<16>(block), odd]);
             }
             let low = _mm256_broadcastsi128_si256(_mm_loadu_si128(block.as_ptr().cast()));
             let high = _mm256_broadcastsi128_si256(_mm_loadu_si128(block.as_ptr().add(LANES / 2).cast()));
@@ -361,7 +361,7 @@ impl Level for Avx2 {
             let low = _mm256_srli_epi32::<16>(low);
             if order == LaneOrder::Quickest {
                 const ODD: i32 = 0b1010_1010;
-                return std::mem::transmute(_mm256_blend_epi16::<ODD>(low, high));
+                return std::mem::transmute::<__m256i, [bf16; LANES]>(_mm256_blend_epi16::<ODD>(low, high));
             }
             let high = _mm256_srli_epi32::<16>(high);
             // Packs the 128-bit halves apart from each other, so the two middle quarters must change places.
